@@ -1,0 +1,131 @@
+"""Validation of what users pass in, and its messages. Every message names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NORMS = ("l1", "l2_squared", "l2")
+CURVATURE_KINDS = ("difference", "angle")
+REDUCTIONS = ("mean", "batchmean", "sum")
+TRANSITIONS = ("break", "pool")
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_options(norm: str, curvature_kind: str, reduction: str, transition: str) -> None:
+    """The four string options of `ffr_loss`."""
+    check_choice("norm", norm, NORMS)
+    check_choice("curvature_kind", curvature_kind, CURVATURE_KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("transition", transition, TRANSITIONS)
+
+
+def feature_list(features: Iterable[Tensor]) -> list[Tensor]:
+    """`features` as a list of floating-point tensors of rank >= 1, or TypeError/ValueError naming the index."""
+    if isinstance(features, Tensor):
+        raise TypeError(
+            "features: expected an iterable of tensors in depth order, got one Tensor of shape "
+            f"{tuple(features.shape)}; for features stacked along dim 0 pass features.unbind(0)"
+        )
+    if isinstance(features, Mapping):
+        raise TypeError("features: expected an iterable of tensors, got a mapping; pass its .values()")
+    try:
+        listed = list(features)
+    except TypeError:
+        raise TypeError(
+            f"features: expected an iterable of tensors in depth order, got {type(features).__name__}"
+        ) from None
+    for index, feature in enumerate(listed):
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"features[{index}]: expected a Tensor, got {type(feature).__name__}")
+        if feature.dtype not in FEATURE_DTYPES:
+            raise TypeError(
+                f"features[{index}]: expected dtype float16, bfloat16, float32 or float64, got {feature.dtype}"
+            )
+        if feature.dim() == 0:
+            raise ValueError(f"features[{index}]: expected rank >= 1 with the batch first, got a 0-dim tensor")
+        if feature.layout != torch.strided:
+            raise TypeError(f"features[{index}]: expected a dense (strided) tensor, got layout {feature.layout}")
+    return listed
+
+
+def check_has_terms(shapes: Sequence[tuple[int, ...]], gradient_terms: int) -> None:
+    """ValueError when the features give no term at all: a penalty that is silently zero would train nothing."""
+    if gradient_terms:
+        return
+    if len(shapes) < 2:
+        raise ValueError(f"features: expected at least two features, got {len(shapes)}: there is no difference to penalise")
+    raise ValueError(
+        "features: no two neighbours have the same shape, so there is no difference to penalise; got shapes "
+        f"{', '.join(str(tuple(s)) for s in shapes)}. Choose layers inside a stage, or pass transition='pool'"
+    )
+
+
+def check_mappable(index: int, earlier: Sequence[int], later: Sequence[int]) -> None:
+    """ValueError unless a feature of shape `earlier` can be pooled and padded to shape `later` (`transition="pool"`)."""
+
+    def refuse(reason: str) -> None:
+        raise ValueError(
+            f"transition='pool' cannot map features[{index}] of shape {tuple(earlier)} to features[{index + 1}] of "
+            f"shape {tuple(later)}: {reason}"
+        )
+
+    if len(earlier) != len(later):
+        refuse(f"ranks differ ({len(earlier)} and {len(later)})")
+    if earlier[0] != later[0]:
+        refuse(f"batch sizes differ ({earlier[0]} and {later[0]})")
+    if len(earlier) > 1 and later[1] < earlier[1]:
+        refuse(f"channels go down from {earlier[1]} to {later[1]}; only zero-padding to more channels is defined")
+    for axis in range(2, len(earlier)):
+        if later[axis] == 0 or earlier[axis] % later[axis]:
+            refuse(f"size {earlier[axis]} of dim {axis} is not a whole multiple of {later[axis]}")
+
+
+def check_one_device(first: int, stage: Sequence[Tensor]) -> None:
+    """ValueError naming the indices when neighbours of one stage live on different devices."""
+    for offset, feature in enumerate(stage[1:], start=1):
+        if feature.device != stage[0].device:
+            raise ValueError(
+                f"features[{first}] is on {stage[0].device} and features[{first + offset}] on {feature.device}: "
+                "features of one stage must share a device; move them with .to(device) first"
+            )
+
+
+def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
+    """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
+    if isinstance(weight, Tensor):
+        if weight.dim() == 0:
+            return weight
+        if weight.dim() != 1 or weight.shape[0] != count:
+            raise ValueError(
+                f"{name}: expected a float or one weight per term ({count}), got a tensor of shape {tuple(weight.shape)}"
+            )
+        return weight
+    if isinstance(weight, bool) or isinstance(weight, str):
+        raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
+    if hasattr(weight, "__iter__"):
+        weights = [_finite(f"{name}[{i}]", w) for i, w in enumerate(weight)]
+        if len(weights) != count:
+            raise ValueError(f"{name}: expected one weight per term ({count}), got {len(weights)}")
+        return weights
+    return _finite(name, weight)
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number

@@ -1,0 +1,305 @@
+"""START HERE: `ffr_loss` and `flow_terms`, the feature-flow penalty of a list of features.
+
+From a call to a kernel: the features are checked (`checks`), split into stages (`stages`), summed by one fused call
+(`autograd.FlowStats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, reference
+from .autograd import FlowSpec, FlowStats
+from .stages import Plan, Stage, cached_plan, make_plan, stage_features
+
+Weight = float | Sequence[float] | Tensor
+
+
+class FlowTerms(NamedTuple):
+    """The terms of the penalty, one entry each, in depth order and before any weight."""
+
+    gradient: Tensor
+    curvature: Tensor
+
+
+def flow_terms(
+    features: Iterable[Tensor],
+    *,
+    norm: str = "l1",
+    curvature_kind: str = "difference",
+    reduction: str = "mean",
+    transition: str = "break",
+    backend: str = "auto",
+) -> FlowTerms:
+    """The gradient (length) and curvature of a feature flow, term by term.
+
+    With d_l = x_{l+1} - x_l and c_l = x_{l+2} - 2 x_{l+1} + x_l inside each stage, equivalent to::
+
+        gradient  = torch.stack([phi(b - a) for a, b in pairs])
+        curvature = torch.stack([phi(c - 2 * b + a) for a, b, c in triples])
+
+    where phi is the norm with its reduction, but in one pass over the features and without any of the differences in
+    memory. Arguments, shapes, dtypes and errors are those of :func:`ffr_loss`.
+
+    Returns:
+        `FlowTerms(gradient, curvature)`: 1-D tensors in depth order, float32 (float64 if a feature is float64), on the
+        device of the first feature. `curvature` is empty if no stage has three features. Both can be differentiated
+        with any upstream gradient.
+    """
+    checks.check_options(norm, curvature_kind, reduction, transition)
+    listed = checks.feature_list(features)
+    plan = _plan(listed, transition)
+    chosen = _backend(backend, listed)
+    if chosen == "reference":
+        return FlowTerms(
+            *reference.flow_terms(
+                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
+            )
+        )
+    return _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen)
+
+
+def ffr_loss(
+    features: Iterable[Tensor],
+    *,
+    gradient: Weight = 1.0,
+    curvature: Weight = 1.0,
+    norm: str = "l1",
+    curvature_kind: str = "difference",
+    reduction: str = "mean",
+    transition: str = "break",
+    backend: str = "auto",
+) -> Tensor:
+    """Feature flow regularization: penalise length and curvature of the path that features take through a network.
+
+    Equivalent to the plain torch expression (norm="l1", reduction="mean", features of one shape)::
+
+        d = [b - a for a, b in zip(features, features[1:])]
+        c = [b - a for a, b in zip(d, d[1:])]
+        gradient * sum(x.abs().mean() for x in d) + curvature * sum(x.abs().mean() for x in c)
+
+    in one fused pass forward and one backward. No difference tensor is made: for l1 the signs of the differences are
+    kept in 4 bits an element, and the backward pass reads nothing else.
+
+    Source: Wu, Lan, Zhang, Xiang, "Feature Flow Regularization", arXiv 2106.02914. The public abstracts give the terms
+    in words only, so the norm is a parameter; `docs/design.md` says which reading is which.
+
+    Args:
+        features: any iterable of tensors (list, tuple, generator, dict values) in depth order, each (B, ...) of rank
+            >= 1, float16, bfloat16, float32 or float64, in any layout. Consecutive features of one shape form a stage;
+            differences are taken inside stages. Mixed dtypes within a stage are promoted.
+        gradient: weight of the first differences: a float, or one weight per term in depth order.
+        curvature: weight of the second differences, likewise.
+        norm: "l1" (sum of absolute values), "l2_squared" (sum of squares) or "l2" (Euclidean norm of each sample's
+            difference, summed over samples: with the gradient terms the exact length of the trajectory).
+        curvature_kind: "difference" applies the norm to c_l; "angle" is the angle in radians between d_l and d_{l+1}
+            per sample (total absolute curvature of the polygon), whatever the norm.
+        reduction: "sum"; "batchmean" divides by B; "mean" divides by the number of elements N ("l2": by
+            B sqrt(N / B)). Angles are averaged over samples by both. The mean of an empty feature is 0.
+        transition: "break": no terms between stages. "pool": the last features of the earlier stage (up to two) are
+            average-pooled and zero-padded to the next stage's shape, and the terms that cross are added, once each.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". An explicit choice works or raises with the reason.
+
+    Returns:
+        The loss, a 0-dim tensor: float32 (float64 if a feature is float64). Differences and sums are made in float32
+        (float64 for float64 features). Sub-gradients at ties follow torch: sign(0) = 0, and the Euclidean norm's
+        gradient at 0 is 0. Only features that require grad get one, in their own dtype and strides.
+
+    Raises:
+        TypeError: a feature is no tensor or no floating-point tensor, or a weight is no number.
+        ValueError: an unknown option; no term at all (fewer than two features, or no two neighbours of one shape);
+            features of one stage on different devices; as many weights as there are terms were expected; a stage
+            boundary that `transition="pool"` cannot map.
+        RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
+    """
+    checks.check_options(norm, curvature_kind, reduction, transition)
+    listed = checks.feature_list(features)
+    plan = _plan(listed, transition)
+    on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
+    on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
+    _warn_if_without_effect(on_gradient, on_curvature, plan)
+    chosen = _backend(backend, listed)
+    dtype = _loss_dtype(listed)
+    if (
+        chosen != "reference"
+        and curvature_kind == "difference"
+        and not isinstance(on_gradient, Tensor)
+        and not isinstance(on_curvature, Tensor)
+        and _cacheable(listed)
+        and all(f.device == listed[0].device for f in listed)
+    ):
+        # All terms share one pass and the weights are numbers: one dot product with a cached vector is the loss.
+        stats = _stats(listed, plan.stages, norm != "l1", norm == "l2", chosen)
+        entries = reference.safe_sqrt(stats) if norm == "l2" else stats
+        scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, stats.device)
+        return (entries * scale).sum().to(dtype)
+    if chosen == "reference":
+        terms = FlowTerms(
+            *reference.flow_terms(
+                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
+            )
+        )
+    else:
+        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen)
+    loss = _weigh(on_gradient, terms.gradient) + _weigh(on_curvature, terms.curvature)
+    return loss.to(dtype)
+
+
+def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
+    if isinstance(weight, list):
+        weight = torch.tensor(weight, dtype=terms.dtype, device=terms.device)
+    elif isinstance(weight, Tensor):
+        weight = weight.to(terms.device)
+    return (weight * terms).sum()
+
+
+def _plan(features: list[Tensor], transition: str) -> Plan:
+    shapes = tuple(tuple(f.shape) for f in features)
+    if _cacheable(features):
+        return cached_plan(shapes, transition)
+    return make_plan(shapes, transition)  # sizes may be symbolic
+
+
+def _cacheable(features: list[Tensor]) -> bool:
+    """Whether sizes are plain numbers and tensors made now may be kept: not while a graph is traced."""
+    return not torch.compiler.is_compiling() and type(features[0]) in (Tensor, torch.nn.Parameter)
+
+
+def _loss_dtype(features: list[Tensor]) -> torch.dtype:
+    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
+
+
+def _backend(backend: str, features: list[Tensor]) -> str:
+    return backends.resolve(backend, features[0].device.type)
+
+
+def _warn_if_without_effect(
+    gradient: float | list[float] | Tensor, curvature: float | list[float] | Tensor, plan: Plan
+) -> None:
+    """A penalty that is silently zero would train nothing: say so when all the weight lies on terms that do not exist."""
+    if plan.curvature_terms == 0 and isinstance(gradient, float) and gradient == 0.0:
+        if isinstance(curvature, float) and curvature != 0.0 and not torch.compiler.is_compiling():
+            warnings.warn(
+                "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs", stacklevel=3
+            )
+
+
+def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> Tensor:
+    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+    walked = [f for stage in stages for f in stage_features(features, stage)]
+    wants_gradient = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    spec = FlowSpec(
+        lengths=tuple(stage.length for stage in stages),
+        squared=squared,
+        per_sample=per_sample,
+        backend=backend,
+        save_signs=wants_gradient and not squared,
+    )
+    stats, _signs = FlowStats.apply(spec, *walked)
+    return stats
+
+
+def _rows(
+    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a device."""
+    rows: list[tuple[Tensor, Tensor]] = []
+    first = 0
+    for index in range(1, len(stages) + 1):
+        device = features[stages[first].first].device
+        if index < len(stages) and features[stages[index].first].device == device:
+            continue
+        stats = _stats(features, stages[first:index], squared, per_sample, backend)
+        offset = 0
+        for stage in stages[first:index]:
+            groups = stage.batch if per_sample else 1
+            lengths, bends = stage.differences * groups, stage.bends * groups
+            rows.append(
+                (
+                    stats[offset : offset + lengths].view(stage.differences, groups),
+                    stats[offset + lengths : offset + lengths + bends].view(stage.bends, groups),
+                )
+            )
+            offset += lengths + bends
+        first = index
+    return rows
+
+
+def _fused_terms(
+    features: list[Tensor], plan: Plan, norm: str, curvature_kind: str, reduction: str, backend: str
+) -> FlowTerms:
+    angles = curvature_kind == "angle"
+    squared = norm != "l1"
+    rows = _rows(features, plan.stages, squared, norm == "l2" or (squared and angles), backend)
+    # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
+    squares = rows if squared or not angles else _rows(features, plan.stages, True, True, backend)
+    gradient, curvature = [], []
+    for stage, (lengths, bends), (square_lengths, square_bends) in zip(plan.stages, rows, squares, strict=True):
+        divisor = stage.divisor(norm, reduction)
+        root = reference.safe_sqrt if norm == "l2" else _identity
+        gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
+        if angles:
+            theta = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends).sum(1)
+            curvature.append(theta if reduction == "sum" else theta / max(stage.batch, 1))
+        else:
+            curvature.append(root(bends).sum(1) / divisor)
+    device, dtype = features[0].device, _loss_dtype(features)
+    return FlowTerms(
+        torch.cat([t.to(device) for t in gradient]).to(dtype), torch.cat([t.to(device) for t in curvature]).to(dtype)
+    )
+
+
+def _identity(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _hashable(weight: float | list[float] | Tensor) -> float | tuple[float, ...]:
+    return tuple(weight) if isinstance(weight, list) else weight  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=256)
+def _entry_weights(
+    plan: Plan,
+    gradient: float | tuple[float, ...],
+    curvature: float | tuple[float, ...],
+    norm: str,
+    reduction: str,
+    device: torch.device,
+) -> Tensor:
+    """d loss / d entry for every entry of stats."""
+    with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want to differentiate
+        if isinstance(gradient, float) and isinstance(curvature, float):
+            # On the device already: weights that change at every step (a schedule) copy nothing from the host.
+            unit_gradient = _unit_weights(plan, (1.0,) * plan.gradient_terms, (), norm, reduction, device)
+            unit_curvature = _unit_weights(plan, (), (1.0,) * plan.curvature_terms, norm, reduction, device)
+            return unit_gradient * gradient + unit_curvature * curvature
+        on_gradient = gradient if isinstance(gradient, tuple) else (gradient,) * plan.gradient_terms
+        on_curvature = curvature if isinstance(curvature, tuple) else (curvature,) * plan.curvature_terms
+        return _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
+
+
+@lru_cache(maxsize=256)
+def _unit_weights(
+    plan: Plan,
+    gradient: tuple[float, ...],
+    curvature: tuple[float, ...],
+    norm: str,
+    reduction: str,
+    device: torch.device,
+) -> Tensor:
+    """weight / divisor for every entry, one after another; 0 where no weight is given or the earlier stage has counted."""
+    on_gradient, on_curvature = iter(gradient), iter(curvature)
+    parts = []
+    for stage in plan.stages:
+        terms = [0.0] * stage.counted_by_earlier
+        terms += [next(on_gradient, 0.0) for _ in range(stage.gradient_terms)]
+        terms += [next(on_curvature, 0.0) for _ in range(stage.bends)]
+        row = torch.tensor(terms, dtype=torch.float64) / stage.divisor(norm, reduction)
+        parts.append(row.repeat_interleave(stage.batch) if norm == "l2" else row)
+    return torch.cat(parts).to(device, non_blocking=True)

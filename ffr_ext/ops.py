@@ -1,0 +1,113 @@
+"""The dispatcher's view of the kernels: schemas, fakes, and which op a backend means. Contract: docs/design.md section 5.
+
+The native module declares the schemas when it is there; without it they are declared here, so that
+`torch.ops.ffr_ext.*` always exists and an exported graph can be loaded anywhere. The ops only fill tensors the caller has
+allocated, so their fakes do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+SCHEMAS = {
+    "flow_forward": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, "
+    "Tensor(a!) stats, Tensor(b!) signs) -> ()",
+    "flow_backward": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, "
+    "SymInt[] groups, bool squared, Tensor(a!)[] grads) -> ()",
+    "flow_backward_at": "(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt groups, "
+    "bool squared, int index, Tensor(a!) grad, bool accumulate) -> ()",
+    "filter_norms": "(Tensor[] weights, int[] dims, float p, Tensor(a!) out) -> ()",
+    "compact_filters": "(Tensor[] tensors, Tensor[] keep, int[] dims, Tensor(a!)[] outs) -> ()",
+}
+TRITON_SUFFIX = "_triton"
+
+_library = torch.library.Library("ffr_ext", "FRAGMENT")
+
+
+def _declare() -> None:
+    native = backends.native() is not None
+    for name, schema in SCHEMAS.items():
+        if not native:
+            _library.define(name + schema)
+        _library.define(name + TRITON_SUFFIX + schema)
+        for key in ("CUDA", "CPU"):  # CPU: under the Triton interpreter
+            _library.impl(name + TRITON_SUFFIX, _triton_implementation(name), key)
+        for op in (name, name + TRITON_SUFFIX):
+            torch.library.register_fake(f"ffr_ext::{op}", _fills_its_outputs, lib=_library)
+
+
+def _fills_its_outputs(*_args: Any) -> None:
+    """Fake of every op: shapes, dtypes and strides are those the caller allocated."""
+
+
+def _triton_implementation(name: str) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        # Imported at the first call: triton is optional and slow to import.
+        if name.startswith("flow"):
+            from .kernels import flow as module
+        else:
+            from .kernels import filters as module  # type: ignore[no-redef]
+        getattr(module, name)(*args)
+
+    return run
+
+
+_declare()
+
+
+class FlowKernels(NamedTuple):
+    """The three loss kernels of one backend."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    backward_at: Callable[..., None]
+
+
+class FilterKernels(NamedTuple):
+    """The two pruning kernels of one backend."""
+
+    norms: Callable[..., None]
+    compact: Callable[..., None]
+
+
+def _overloads(suffix: str) -> tuple[FlowKernels, FilterKernels]:
+    op = {name: getattr(torch.ops.ffr_ext, name + suffix).default for name in SCHEMAS}
+    return (
+        FlowKernels(op["flow_forward"], op["flow_backward"], op["flow_backward_at"]),
+        FilterKernels(op["filter_norms"], op["compact_filters"]),
+    )
+
+
+_NATIVE, _TRITON = _overloads(""), _overloads(TRITON_SUFFIX)
+
+
+def flow_kernels(backend: str) -> FlowKernels:
+    """The loss kernels of a concrete backend: "cpu" and "cuda" are one native op with two dispatch keys."""
+    return (_TRITON if backend == "triton" else _NATIVE)[0]
+
+
+def filter_kernels(backend: str) -> FilterKernels:
+    """The pruning kernels of a concrete backend."""
+    return (_TRITON if backend == "triton" else _NATIVE)[1]
+
+
+def sign_plane_bytes(numel: int) -> int:
+    """Bytes of one packed-sign plane: a nibble per element, rounded up to 16 bytes so that every plane is aligned."""
+    return 16 * ((numel + 31) // 32)
+
+
+def sign_bytes(length: int, numel: int) -> int:
+    """Bytes of the packed signs of a stage: one plane for each first difference."""
+    return (length - 1) * sign_plane_bytes(numel)
+
+
+def stats_entries(length: int, groups: int) -> int:
+    """Entries of stats (and of coef) for a stage: (length - 1) x groups lengths, then (length - 2) x groups bends."""
+    return (length - 1 + max(length - 2, 0)) * groups
+

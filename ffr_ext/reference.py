@@ -1,0 +1,131 @@
+"""The maths of feature flow regularization in plain torch: oracle of the tests, baseline of the benchmarks, fallback.
+
+Nothing here is fused and every difference is materialised; that is the point: it can be read next to the formulas of
+`docs/design.md` section 1. It imports nothing of this package and works on any device and under any transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def split_stages(features: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Maximal runs of consecutive features of one shape, in depth order."""
+    stages: list[list[Tensor]] = []
+    for feature in features:
+        if stages and stages[-1][-1].shape == feature.shape:
+            stages[-1].append(feature)
+        else:
+            stages.append([feature])
+    return stages
+
+
+def pool_to(feature: Tensor, shape: torch.Size) -> Tensor:
+    """`feature` (B, C, *spatial) in the shape of the next stage: average pooling, then zero-padding of channels.
+
+    The parameter-free shortcut of ResNet (option A), with the average instead of the strided sample. Equivalent to
+    `F.pad(F.avg_pool2d(x, ratio), (0, 0, 0, 0, 0, C_new - C))` for images; any number of spatial dimensions works.
+    """
+    for axis in range(2, feature.dim()):
+        pooled, ratio = shape[axis], feature.shape[axis] // max(int(shape[axis]), 1)
+        if ratio > 1:
+            feature = feature.unflatten(axis, (pooled, ratio)).mean(axis + 1)
+    missing = shape[1] - feature.shape[1] if feature.dim() > 1 else 0
+    if missing:
+        padding = feature.new_zeros((feature.shape[0], missing, *feature.shape[2:]))
+        feature = torch.cat([feature, padding], dim=1)
+    return feature
+
+
+def phi(difference: Tensor, norm: str, reduction: str) -> Tensor:
+    """phi(d) of design.md section 1: a 0-dim penalty of one difference (B, ...)."""
+    batch = max(difference.shape[0], 1)
+    per_sample = max(difference.numel(), 1) / batch
+    if norm == "l1":
+        total, mean = difference.abs().sum(), batch * per_sample
+    elif norm == "l2_squared":
+        total, mean = difference.square().sum(), batch * per_sample
+    else:
+        squared = difference.square().reshape(difference.shape[0], -1).sum(1)
+        total, mean = safe_sqrt(squared).sum(), batch * per_sample**0.5
+    return total / {"sum": 1, "batchmean": batch, "mean": mean}[reduction]
+
+
+def safe_sqrt(squared: Tensor) -> Tensor:
+    """`squared.sqrt()` with gradient 0, not infinity, at 0."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+
+
+def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:
+    """Angle in radians between two vectors, from |before|^2, |after|^2 and |after - before|^2.
+
+    1 - cos = (bend - (|before| - |after|)^2) / (2 |before| |after|) keeps its digits at small angles, where the
+    cosine itself is 1 to working precision. 0 with zero gradient where a vector is zero or both are (anti)parallel.
+    """
+    a, b = safe_sqrt(before), safe_sqrt(after)
+    turning = (before > 0) & (after > 0)
+    scale = torch.where(turning, 2 * a * b, 1)
+    one_minus_cos = torch.where(turning, (bend - (a - b).square()) / scale, 0).clamp(0, 2)
+    inside = (one_minus_cos > 0) & (one_minus_cos < 2)
+    u = torch.where(inside, one_minus_cos, 1)
+    theta = 2 * torch.atan2(u.sqrt(), (2 - u).sqrt())
+    return torch.where(inside, theta, torch.where(one_minus_cos >= 2, torch.pi, 0.0))
+
+
+def angle_term(before: Tensor, after: Tensor, reduction: str) -> Tensor:
+    """Total absolute curvature at one vertex of the trajectory: `angle` per sample, summed or averaged over them."""
+    rows = [d.reshape(d.shape[0], -1).double().square().sum(1) for d in (before, after, after - before)]
+    theta = angle(*rows).sum()
+    return theta if reduction == "sum" else theta / max(before.shape[0], 1)
+
+
+def flow_terms(
+    features: Sequence[Tensor],
+    *,
+    norm: str = "l1",
+    curvature_kind: str = "difference",
+    reduction: str = "mean",
+    transition: str = "break",
+) -> tuple[Tensor, Tensor]:
+    """All gradient terms and all curvature terms in depth order, as two 1-D tensors."""
+    features = list(features)
+    accumulate = torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
+    gradient, curvature = [], []
+    previous: list[Tensor] = []
+    for stage in split_stages(features):
+        tail = previous[-2:] if transition == "pool" else []
+        x = [pool_to(f, stage[0].shape) for f in tail] + stage
+        x = [f.to(accumulate) for f in x]
+        d = [after - before for before, after in zip(x, x[1:], strict=False)]
+        for before, after in zip(d, d[1:], strict=False):
+            if curvature_kind == "angle":
+                curvature.append(angle_term(before, after, reduction))
+            else:
+                curvature.append(phi(after - before, norm, reduction))
+        # With two mapped features the first difference lies inside the earlier stage, which has counted it.
+        gradient += [phi(difference, norm, reduction) for difference in d[1 if len(tail) == 2 else 0 :]]
+        previous = stage
+    empty = features[0].new_zeros(0, dtype=accumulate)
+    stack = lambda terms: torch.stack([t.to(accumulate) for t in terms]) if terms else empty  # noqa: E731
+    return stack(gradient), stack(curvature)
+
+
+def ffr_loss(
+    features: Sequence[Tensor],
+    *,
+    gradient: float | Tensor = 1.0,
+    curvature: float | Tensor = 1.0,
+    norm: str = "l1",
+    curvature_kind: str = "difference",
+    reduction: str = "mean",
+    transition: str = "break",
+) -> Tensor:
+    """`(gradient * gradient_terms).sum() + (curvature * curvature_terms).sum()`, a 0-dim tensor."""
+    lengths, bends = flow_terms(
+        features, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
+    )
+    return (gradient * lengths).sum() + (curvature * bends).sum()
