@@ -1,0 +1,242 @@
+"""Which implementations of the ops work in this process, why the others do not, and which one a call gets.
+
+Nothing here runs at import: the native library is loaded by the first call that asks for it, Triton is looked up
+without being imported, and no device is touched before somebody brings a CUDA tensor or asks for a report.
+An explicit backend works or raises with the reason; only ``"auto"`` may fall back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ffr_ext._native import NativeLibraryWarning, build_record, native, native_error
+
+__all__ = [
+    "BACKENDS",
+    "BackendFallbackWarning",
+    "NativeLibraryWarning",
+    "Status",
+    "available",
+    "native",
+    "native_error",
+    "resolve",
+]
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+# The oldest NVIDIA GPU that Triton's documentation names as supported.
+TRITON_MIN_CAPABILITY = (8, 0)
+
+
+class Status(NamedTuple):
+    """Whether a backend works in this process, and the sentence that says why or why not."""
+
+    available: bool
+    reason: str
+
+
+class BackendFallbackWarning(RuntimeWarning):
+    """``backend="auto"`` found no kernel for a CUDA tensor and computes in plain torch, which is correct but slow."""
+
+
+def available() -> dict[str, Status]:
+    """The state of every backend, best first. May load the native library and ask the driver for its devices."""
+    return {name: _STATUS[name]() for name in BACKENDS}
+
+
+_resolved: dict[tuple[str, str], str] = {}
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """The concrete backend for tensors on ``device_type`` (``tensor.device.type``).
+
+    ``"auto"``: on ``cuda`` the first of cuda, triton, reference that works; on ``cpu`` the first of cpu, reference;
+    elsewhere reference. The answer is kept, so that a second call costs one dictionary look-up.
+
+    Raises ValueError for an unknown name, or a backend that does not take tensors on that device; RuntimeError, with
+    the reason, for an explicit backend that does not work in this process.
+    """
+    name = _resolved.get((backend, device_type))
+    if name is None:
+        name = _resolve(backend, device_type)
+        _resolved[backend, device_type] = name
+    return name
+
+
+# torch.compile takes the answer as a constant instead of tracing into library loading, which it cannot. This is what
+# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with ffr_ext.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _resolve(backend: str, device_type: str) -> str:
+    if backend == "auto":
+        return _resolve_auto(device_type)
+    if backend not in BACKENDS:
+        valid = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {valid}, got {backend!r}")
+    takes = _devices_of(backend)
+    if takes is not None and device_type not in takes:
+        raise ValueError(
+            f"backend={backend!r} takes tensors on {' or '.join(takes)}, got tensors on {device_type}"
+            + ("; TRITON_INTERPRET=1 runs Triton's kernels on cpu tensors" if backend == "triton" else "")
+        )
+    status = _STATUS[backend]()
+    if not status.available:
+        raise RuntimeError(f"backend={backend!r} is not available: {status.reason}")
+    return backend
+
+
+def _resolve_auto(device_type: str) -> str:
+    if device_type == "cpu":
+        return "cpu" if native() is not None else "reference"
+    if device_type != "cuda":
+        return "reference"
+    reasons = []
+    for name in ("cuda", "triton"):
+        status = _STATUS[name]()
+        if status.available:
+            return name
+        reasons.append(f"{name}: {status.reason}")
+    warnings.warn(
+        "no ffr_ext kernel serves the CUDA tensors of this process, so backend='reference' computes in plain torch. "
+        + "; ".join(reasons),
+        BackendFallbackWarning,
+        stacklevel=4,
+    )
+    return "reference"
+
+
+def _devices_of(backend: str) -> tuple[str, ...] | None:
+    """The device types whose tensors a backend takes; None for all."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return ("cuda", "cpu") if _triton_interprets() else ("cuda",)
+    return (backend,)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One function per backend that says whether it works
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _reference_status() -> Status:
+    return Status(True, f"plain torch {torch.__version__}, on any device")
+
+
+def _cpu_status() -> Status:
+    module = native()
+    if module is None:
+        return Status(False, native_error() or "")
+    return Status(True, f"C++ kernels, {module.build_info()['cpu_isa']} code on this machine")
+
+
+def _cuda_status() -> Status:
+    missing = _no_gpu("cuda")
+    if missing:
+        return Status(False, missing)
+    if torch.version.hip:
+        return Status(False, f"torch {torch.__version__} is built for ROCm; the CUDA kernels need NVIDIA's CUDA")
+    module = native()
+    if module is None:
+        return Status(False, native_error() or "")
+    info = module.build_info()
+    if not info["cuda"]:
+        notes = build_record().get("notes") or []
+        return Status(False, "the native library is built without CUDA kernels" + "".join(f"; {n}" for n in notes))
+    if not info["torch_has_cuda"]:
+        return Status(False, "the native library does not find the CUDA part of libtorch")
+    archs = info["cuda_archs"]
+    for index, capability in _capabilities():
+        if not covers(archs, capability):
+            built = ", ".join(archs)
+            return Status(
+                False,
+                f"cuda:{index} has compute capability {_dotted(capability)}, the kernels are built for {built}",
+            )
+    return Status(True, f"CUDA kernels for {', '.join(archs)} (nvcc {info['nvcc']})")
+
+
+def _triton_status() -> Status:
+    if not _importable("triton"):
+        return Status(False, "triton is not installed")
+    if _triton_interprets():
+        return Status(True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), for tests")
+    missing = _no_gpu("triton")
+    if missing:
+        return Status(False, missing)
+    if not torch.version.hip:
+        for index, capability in _capabilities():
+            if capability < TRITON_MIN_CAPABILITY:
+                least = _dotted(TRITON_MIN_CAPABILITY)
+                return Status(
+                    False, f"cuda:{index} has compute capability {_dotted(capability)}, Triton needs {least} or newer"
+                )
+    return Status(True, "Triton kernels, compiled on first use")
+
+
+_STATUS: dict[str, Callable[[], Status]] = {
+    "cuda": _cuda_status,
+    "triton": _triton_status,
+    "cpu": _cpu_status,
+    "reference": _reference_status,
+}
+
+
+def _no_gpu(backend: str) -> str | None:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without GPU support"
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no GPU, no driver, or none visible to this process"
+    return None
+
+
+def _capabilities() -> Iterable[tuple[int, tuple[int, int]]]:
+    """(index, compute capability) of every visible GPU: a process may use any of them."""
+    for index in range(torch.cuda.device_count()):
+        yield index, torch.cuda.get_device_capability(index)
+
+
+def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``archs`` run on a GPU of that compute capability.
+
+    ``"90"`` is machine code: it runs on the same major version from that minor version up. ``"90a"`` runs on exactly
+    that version. ``"120+PTX"`` also carries PTX, which the driver compiles for anything newer.
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            continue
+        built = (int(match[1]), int(match[2]))
+        exact = match[3] == "a"
+        if capability == built:
+            return True
+        if not exact and capability[0] == built[0] and capability >= built:
+            return True
+        if not exact and match[4] and capability >= built:
+            return True
+    return False
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _importable(name: str) -> bool:
+    """Whether ``import name`` would find a module, without importing it (Triton's import alone takes time)."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def _triton_interprets() -> bool:
+    # Triton reads the variable when a kernel is decorated and takes these words for "yes".
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "true")
