@@ -1,0 +1,50 @@
+"""Memory layouts for the pruning kernels: they see contiguous tensors, whatever order the strides of the user's are in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+
+def tensor_list(name: str, tensors: Any) -> list[Tensor]:
+    """`tensors` as a list, or TypeError naming the argument and the index."""
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{name}: expected a sequence of tensors, got one Tensor; pass [tensor]")
+    listed = list(tensors)
+    for index, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{index}]: expected a Tensor, got {type(tensor).__name__}")
+    return listed
+
+
+def stride_order(tensor: Tensor) -> list[int]:
+    """The dimensions from the largest stride to the smallest. The sort is stable, so that a [O, I, 1, 1] weight in
+    channels_last, whose strides (I, 1, I, I) tie, comes out as channels_last and not as contiguous."""
+    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+
+
+def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its dimensions."""
+    order = stride_order(tensor)
+    return tensor.detach().permute(order).contiguous(), order
+
+
+def empty_in_order(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of `shape` whose dimensions lie in memory in the order of `tensor`'s."""
+    order = stride_order(tensor)
+    storage = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
+    return storage.permute([order.index(d) for d in range(len(order))])
+
+
+def kernel_backend(backend: str, device_type: str, op: str) -> str:
+    """`backends.resolve`, and for "auto" the reference when the native library has no such pruning kernel."""
+    chosen = backends.resolve(backend, device_type)
+    if backend == "auto" and chosen in ("cpu", "cuda"):
+        present = torch._C._dispatch_has_kernel_for_dispatch_key(f"ffr_ext::{op}", chosen.upper())
+        return chosen if present else "reference"
+    return chosen

@@ -1,0 +1,101 @@
+"""`filter_norms`: the norm of every filter of a list of weights, one kernel launch for the whole list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .layout import as_contiguous, kernel_backend, tensor_list
+
+NORM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def filter_norms(
+    weights: Sequence[Tensor], p: float = 2, dim: int | Sequence[int] = 0, *, backend: str = "auto"
+) -> list[Tensor]:
+    """The p-norm of every slice along ``dim`` of every tensor in ``weights``, in one launch.
+
+    Equal to, for each weight w::
+
+        torch.linalg.vector_norm(w.float(), p, dim=[d for d in range(w.dim()) if d != dim])
+
+    but accumulated in float64 and with one kernel for the list.
+
+    Args:
+        weights: Dense tensors of any shapes, float16, bfloat16, float32 or float64, mixed as they come.
+        p: 1, 2 or ``math.inf``.
+        dim: The dimension whose slices are the filters: 0 for the out-filters of a convolution or linear layer, 1 for
+            in-channels. One number for all, or one per weight.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        One 1-D tensor of ``w.shape[dim]`` norms per weight, on its device; float64 for float64 weights, else float32.
+        Not differentiable.
+
+    Raises:
+        TypeError: ``weights`` is not a sequence of tensors.
+        ValueError: another p, a dtype that is not listed, a ``dim`` that a weight does not have.
+    """
+    tensors = tensor_list("weights", weights)
+    if p not in (1, 2, math.inf):
+        raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
+    dims = dims_of("dim", dim, tensors)
+    for index, weight in enumerate(tensors):
+        if weight.dtype not in NORM_DTYPES:
+            raise ValueError(
+                f"weights[{index}]: expected dtype float16, bfloat16, float32 or float64, got {weight.dtype}"
+            )
+    results: list[Tensor | None] = [None] * len(tensors)
+    with torch.no_grad():
+        for device in dict.fromkeys(w.device for w in tensors):
+            members = [i for i, w in enumerate(tensors) if w.device == device]
+            chosen = kernel_backend(backend, device.type, "filter_norms")
+            on_device, on_dims = [tensors[i] for i in members], [dims[i] for i in members]
+            for i, norms in zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True):
+                results[i] = norms
+    return [r for r in results if r is not None]
+
+
+def _norms(weights: list[Tensor], dims: list[int], p: float, backend: str) -> list[Tensor]:
+    if backend == "reference":
+        return [_reference_norms(w, d, p) for w, d in zip(weights, dims, strict=True)]
+    ready, ready_dims = [], []
+    for weight, dim in zip(weights, dims, strict=True):
+        dense, order = as_contiguous(weight)
+        ready.append(dense)
+        ready_dims.append(order.index(dim))
+    counts = [w.shape[d] for w, d in zip(weights, dims, strict=True)]
+    out = torch.empty(sum(counts), dtype=torch.float64, device=weights[0].device)
+    ops.filter_kernels(backend).norms(ready, ready_dims, p, out)
+    return [n.to(_result_dtype(w)) for n, w in zip(out.split(counts), weights, strict=True)]
+
+
+def _reference_norms(weight: Tensor, dim: int, p: float) -> Tensor:
+    filters = weight.detach().movedim(dim, 0).double()
+    rest = list(range(1, filters.dim()))
+    if not rest:
+        norms = filters.abs()
+    elif filters.numel() == 0:
+        norms = filters.new_zeros(filters.shape[0])
+    else:
+        norms = torch.linalg.vector_norm(filters, p, dim=rest)
+    return norms.to(_result_dtype(weight))
+
+
+def _result_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
+    """One non-negative dimension per tensor, or ValueError naming the tensor that lacks it."""
+    dims = [dim] * len(tensors) if isinstance(dim, int) else list(dim)
+    if len(dims) != len(tensors):
+        raise ValueError(f"{name}: expected one number, or one per tensor ({len(tensors)}), got {len(dims)}")
+    for index, (d, tensor) in enumerate(zip(dims, tensors, strict=True)):
+        if not -tensor.dim() <= d < tensor.dim():
+            raise ValueError(f"{name}: {d} is no dimension of tensor {index} of shape {tuple(tensor.shape)}")
+    return [d % t.dim() for d, t in zip(dims, tensors, strict=True)]
