@@ -1,0 +1,1 @@
+"""Triton kernels. Import a submodule only when it is to be run: triton is optional and slow to import."""

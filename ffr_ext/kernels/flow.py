@@ -1,0 +1,247 @@
+"""Triton's flow_forward, flow_backward and flow_backward_at, with the op contract of docs/design.md section 5.
+
+One forward and one backward launch per stage of up to 64 features (a longer one runs in pieces that share two), and one
+small launch that adds up a stage's sums. Nothing is copied to the device, waited for or tuned: the calls can be captured in
+a CUDA graph.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .flow_kernels import backward_signs_kernel, backward_squares_kernel, finalize_kernel, forward_kernel
+
+_WORDS = {2: tl.uint8, 4: tl.uint16, 8: tl.uint32}
+
+
+def plane_bytes(numel: int) -> int:
+    """Bytes of one plane of packed signs: csrc/common/signs.h."""
+    return 16 * -(-numel // 32)
+
+
+def flow_forward(
+    features: Sequence[Tensor],
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    squared: bool,
+    stats: Tensor,
+    signs: Tensor,
+) -> None:
+    """Sums of |d|, |c| (or their squares) of every stage into `stats`; packed signs into `signs` unless it is empty."""
+    _check_signs(signs)
+    stats_begin = signs_begin = feature = 0
+    for length, stage_groups in zip(lengths, groups, strict=True):
+        stage = features[feature : feature + length]
+        feature += length
+        if length < 2:
+            continue
+        numel = stage[0].numel()
+        entries = (2 * length - 3) * stage_groups
+        stage_stats = stats[stats_begin : stats_begin + entries]
+        stats_begin += entries
+        stage_signs = signs[signs_begin : signs_begin + (length - 1) * plane_bytes(numel)] if signs.numel() else None
+        signs_begin += (length - 1) * plane_bytes(numel)
+        with _device(stage_stats):
+            if stage_signs is not None and stage_groups > 1:
+                # A word of nibbles may straddle two groups, whose programs would both write it: one pass for the signs
+                # over the whole feature, one for the sums. No norm of this package asks for both.
+                _forward_stage(stage, 1, squared, stats.new_empty(2 * length - 3), stage_signs)
+                stage_signs = None
+            _forward_stage(stage, stage_groups, squared, stage_stats, stage_signs)
+
+
+def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: Tensor, signs: Tensor | None) -> None:
+    length, numel = len(stage), stage[0].numel()
+    if numel == 0:
+        stats.zero_()
+        return
+    shape = _StageShape.of(stage[0].dtype, numel, groups, (*stage, *(() if signs is None else (signs,))))
+    block = 32 * config.FORWARD_WARPS * config.FORWARD_ACCESSES * shape.vec
+    tiles = triton.cdiv(shape.group_numel, block)
+    tiles_per_chunk = triton.cdiv(tiles, max(config.MAX_CHUNKS // groups, 1))
+    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    # One chunk: its sums are the stage's, and go where they belong.
+    slots = stats if chunks == 1 else stats.new_empty(stats.numel() * chunks)
+    bytes_per_plane = plane_bytes(numel)
+    for begin, end in _pieces(length - 1):
+        read = min(end + 2, length) - begin
+        forward_kernel[(groups * chunks,)](
+            tuple(stage[begin : begin + read]),
+            stage[0] if signs is None else signs[begin * bytes_per_plane :],
+            slots,
+            shape.group_numel,
+            bytes_per_plane,
+            chunks,
+            tiles_per_chunk,
+            groups,
+            begin * groups,
+            (length - 1 + begin) * groups,
+            LENGTH=read,
+            FIRSTS=end - begin,
+            SECONDS=min(end, length - 2) - begin,
+            SQUARED=squared,
+            SIGNS=signs is not None,
+            VECTOR=shape.vector,
+            COMPUTE=shape.compute,
+            VEC=shape.vec,
+            WORD=_WORDS[shape.vec],
+            TERMS=triton.next_power_of_2(end - begin),
+            BLOCK=block,
+            num_warps=config.FORWARD_WARPS,
+            num_stages=1,
+        )
+    if chunks > 1:
+        finalize_kernel[(stats.numel(),)](
+            slots, stats, chunks, BLOCK=config.FINALIZE_BLOCK, num_warps=config.FINALIZE_WARPS, num_stages=1
+        )
+
+
+def flow_backward(
+    features: Sequence[Tensor],
+    signs: Tensor,
+    coef: Tensor,
+    lengths: Sequence[int],
+    numels: Sequence[int],
+    groups: Sequence[int],
+    squared: bool,
+    grads: Sequence[Tensor],
+) -> None:
+    """The gradient of every feature whose tensor in `grads` is not empty: from `signs`, or if `squared` from features."""
+    _check_signs(signs)
+    coef_begin = signs_begin = feature = 0
+    for length, numel, stage_groups in zip(lengths, numels, groups, strict=True):
+        entries = max(2 * length - 3, 0) * stage_groups
+        planes = max(length - 1, 0) * plane_bytes(numel)
+        stage = _Stage(
+            features=features[feature : feature + length] if squared else (),
+            signs=signs[signs_begin : signs_begin + planes],
+            coef=coef[coef_begin : coef_begin + entries],
+            length=length,
+            numel=numel,
+            groups=stage_groups,
+        )
+        wanted = [grad if grad.numel() else None for grad in grads[feature : feature + length]]
+        feature, coef_begin, signs_begin = feature + length, coef_begin + entries, signs_begin + planes
+        with _device(coef):
+            for begin, end in _pieces(length):
+                _backward_piece(stage, squared, begin, wanted[begin:end], accumulate=False)
+
+
+def flow_backward_at(
+    features: Sequence[Tensor],
+    signs: Tensor,
+    coef: Tensor,
+    length: int,
+    numel: int,
+    groups: int,
+    squared: bool,
+    index: int,
+    grad: Tensor,
+    accumulate: bool,
+) -> None:
+    """The gradient of feature `index` of one stage, into or added to `grad`."""
+    _check_signs(signs)
+    if not 0 <= index < length:
+        raise IndexError(f"index must be in [0, {length}), got {index}")
+    with _device(coef):
+        _backward_piece(_Stage(features, signs, coef, length, numel, groups), squared, index, [grad], accumulate)
+
+
+class _Stage(NamedTuple):
+    features: Sequence[Tensor]  # empty when the gradients come from signs
+    signs: Tensor
+    coef: Tensor
+    length: int
+    numel: int
+    groups: int
+
+
+def _backward_piece(
+    stage: _Stage, squared: bool, begin: int, wanted: Sequence[Tensor | None], accumulate: bool
+) -> None:
+    """Gradients of features begin .. begin + len(wanted)."""
+    tensors = [grad for grad in wanted if grad is not None]
+    if not tensors or stage.numel == 0:
+        return
+    if stage.length < 2:  # in no term
+        if not accumulate:
+            tensors[0].zero_()
+        return
+    first_plane = max(begin - 2, 0)
+    lead = begin - first_plane
+    last_plane = min(begin + len(wanted) - 1, stage.length - 2)
+    read = stage.features[first_plane : min(last_plane + 3, stage.length)] if squared else ()
+    sources = read if squared else (stage.signs,)
+    shape = _StageShape.of(tensors[0].dtype, stage.numel, stage.groups, (*sources, *tensors))
+    block = 32 * config.BACKWARD_WARPS * shape.vec
+    tiles = triton.cdiv(shape.group_numel, block)
+    sizes: dict[str, Any] = dict(
+        LENGTH=len(wanted),
+        LEAD=lead,
+        PLANES=last_plane + 1 - first_plane,
+        ACCUMULATE=accumulate,
+        VECTOR=shape.vector,
+        COMPUTE=shape.compute,
+        VEC=shape.vec,
+        BLOCK=block,
+        num_warps=config.BACKWARD_WARPS,
+        num_stages=1,
+    )
+    grid = (stage.groups * tiles,)
+    at = (stage.groups, first_plane, stage.length - 1)
+    if squared:
+        backward_squares_kernel[grid](
+            tuple(read), stage.coef, tuple(wanted), shape.group_numel, tiles, *at, READ=len(read), **sizes
+        )
+    else:
+        bytes_per_plane = plane_bytes(stage.numel)
+        backward_signs_kernel[grid](
+            stage.signs,
+            stage.coef,
+            tuple(wanted),
+            shape.group_numel,
+            tiles,
+            bytes_per_plane,
+            *at,
+            WORD=_WORDS[shape.vec],
+            **sizes,
+        )
+
+
+class _StageShape(NamedTuple):
+    """What the kernels of a stage are specialised on."""
+
+    group_numel: int
+    vec: int  # elements of one 16-byte access
+    vector: bool  # every access may be one: all pointers are aligned, and so is the beginning of every group
+    compute: tl.dtype
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, numel: int, groups: int, tensors: Sequence[Tensor]) -> "_StageShape":
+        vec = config.vector_length(dtype)
+        group_numel = numel // groups
+        aligned = all(tensor.data_ptr() % config.ACCESS_BYTES == 0 for tensor in tensors)
+        compute = tl.float64 if dtype == torch.float64 else tl.float32
+        return cls(group_numel, vec, aligned and group_numel % vec == 0, compute)
+
+
+def _pieces(length: int) -> Iterator[tuple[int, int]]:
+    """0 .. length in ranges of up to MAX_FEATURES."""
+    for begin in range(0, length, config.MAX_FEATURES):
+        yield begin, min(begin + config.MAX_FEATURES, length)
+
+
+def _check_signs(signs: Tensor) -> None:
+    if signs.data_ptr() % config.ACCESS_BYTES:
+        raise ValueError(f"signs must begin at a multiple of {config.ACCESS_BYTES} bytes, got {signs.data_ptr():#x}")
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device and its current stream; the tensors' device may be another one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,104 @@
+"""Machine code without a GPU: what the Triton launchers would compile, and what a cubin says about itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Resources(NamedTuple):
+    """Of one kernel, per thread (shared: per block), as `cuobjdump --dump-resource-usage` reports them."""
+
+    registers: int
+    stack: int  # bytes of local memory the ABI reserves: arrays indexed at run time, calls
+    local: int
+    shared: int
+
+
+def cuobjdump() -> str | None:
+    """The disassembler of the CUDA toolkit, or the one in Triton's wheel."""
+    try:
+        import triton
+
+        packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if packaged.exists():
+            return str(packaged)
+    except ImportError:
+        pass
+    return shutil.which("cuobjdump")
+
+
+def _dump(cubin: Path, what: str) -> str:
+    command = [cuobjdump() or "cuobjdump", what, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, Resources]:
+    """Resource usage of every kernel of a cubin, by its (mangled) name."""
+    report = _dump(cubin, "--dump-resource-usage")
+    found = {}
+    for name, usage in re.findall(r"Function (\S+?):\s+(REG:.*)", report):
+        number = dict(re.findall(r"([A-Z]+):(\d+)", usage))
+        found[name] = Resources(int(number["REG"]), int(number["STACK"]), int(number["LOCAL"]), int(number["SHARED"]))
+    return found
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """The instructions of every kernel of a cubin with their modifiers, such as LDG.E.128, in program order."""
+    found: dict[str, list[str]] = {}
+    for part in _dump(cubin, "--dump-sass").split("Function : ")[1:]:
+        name = part.split(maxsplit=1)[0]
+        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", part)
+    return found
+
+
+def widths(code: list[str], kind: str) -> list[int]:
+    """Bits of every global load (LDG) or store (STG)."""
+    found = []
+    for instruction in code:
+        if instruction.split(".")[0] == kind:
+            width = re.search(r"\.(U?8|U?16|S8|S16|64|128)\b", instruction)
+            found.append(int(width[1].strip("US")) if width else 32)
+    return found
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Inside, a Triton kernel that is launched is only noted down, with its arguments: (kernel, args, kwargs)."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    run: Callable[..., Any] = JITFunction.run
+    JITFunction.run = note  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+
+
+def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
+    """Compiles what a recorded launch would have compiled, for sm_`capability`: Triton's own binder decides what the
+    arguments are specialised on."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, args, kwargs = launch
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=parsed.__dict__)
