@@ -1,0 +1,288 @@
+"""Forward hooks that collect the features of one forward pass, outside the model and for as long as they
+are needed.
+
+The model holds hook objects that hold a weak reference to the :class:`Recorder` and nothing else, so the
+model can be copied, pickled and saved while hooks are attached (the copy's hooks do nothing), and dropping
+the owner of the recorder makes the hooks inert.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OutputSelector = int | str | Callable[[Any], Tensor]
+
+_CHECKPOINT_ADVICE = (
+    "the penalty's gradient would silently vanish. With activation checkpointing pass use_reentrant=False "
+    "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False}); under torch.no_grad() choose "
+    "other layers"
+)
+
+
+class Recorder:
+    """The features of the last recorded forward pass, in call order.
+
+    ``state`` is ``"empty"`` (no pass yet), ``"open"`` (a forward is running, or raised half-way),
+    ``"complete"``, ``"taken"`` (the loss was built from it) or ``"recursive"`` (the model called itself).
+    A new pass drops what an earlier one left, so features of two passes never mix.
+    """
+
+    def __init__(self, output: OutputSelector | None = None, capture_eval: bool = False) -> None:
+        self.output = output
+        self.capture_eval = capture_eval
+        self.recording = False
+        self.state = "empty"
+        self.names: list[str] = []
+        self.features: list[Tensor] = []
+        self.versions: list[int | None] = []
+        self.traced: list[bool] = []
+        self.overwritten: list[tuple[str, bool]] = []
+        self.without_autograd: list[str] = []
+
+    def clear(self, state: str = "empty") -> None:
+        """Forget the features; ``state`` says why there are none."""
+        self.recording = False
+        self.state = state
+        self.names, self.features, self.without_autograd = [], [], []
+        self.versions, self.traced, self.overwritten = [], [], []
+
+    def begin(self, training: bool) -> None:
+        """Start a pass. Recomputation inside a backward pass starts none, nor does evaluation unless
+        asked."""
+        if self._wanted(training):
+            self.clear("open")
+            self.recording = True
+
+    def _wanted(self, training: bool) -> bool:
+        return (self.capture_eval or (training and torch.is_grad_enabled())) and not _inside_backward()
+
+    def end(self, training: bool) -> None:
+        """Finish a pass; whatever the layers compute from here on (recomputation, evaluation) is not
+        recorded."""
+        if self.recording:
+            self.recording = False
+            self.state = "complete"
+        elif self.state == "complete" and self._wanted(training):
+            # A second end without a begin in between: the model ran itself inside its own forward.
+            self.clear("recursive")
+
+    def capture(self, name: str, module: nn.Module, output: Any, last: bool) -> None:
+        """Record one call of one layer; ``last``: the last of the selected layers."""
+        feature = self.select(name, module, output)
+        self.traced.append(torch.compiler.is_compiling())
+        if torch.compiler.is_compiling():
+            feature = self._check_while_traced(feature, last)
+        else:
+            self.versions.append(None if feature.is_inference() else feature._version)
+        self.names.append(name)
+        self.features.append(feature)
+        if not torch.is_grad_enabled() and not self.capture_eval:
+            self.without_autograd.append(name)
+
+    def _check_while_traced(self, feature: Tensor, last: bool) -> Tensor:
+        """Note whether earlier features were overwritten, without branching: a traced version counter is a
+        symbol.
+
+        It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
+        place to look: at the feature before this one, at the last layer at all of them. Nobody looks after
+        the last, so that is copied.
+        """
+        for index in range(0 if last else max(len(self.names) - 1, 0), len(self.names)):
+            version = self.versions[index]
+            if version is not None and self.traced[index]:
+                self.overwritten.append((self.names[index], self.features[index]._version != version))
+        feature = feature.clone() if last else feature
+        self.versions.append(feature._version)
+        return feature
+
+    def select(self, name: str, module: nn.Module, output: Any) -> Tensor:
+        """The tensor that ``output=`` means, by default the first floating-point one in tuples, lists and
+        mappings."""
+        if callable(self.output):
+            feature = self.output(output)
+        elif self.output is None:
+            feature = first_tensor(output)
+        else:
+            try:
+                feature = _item(output, self.output)
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"output={self.output!r}: layer {name!r} ({type(module).__name__}) returned "
+                    f"{_describe(output)}, "
+                    "which has no such item"
+                ) from error
+        if not isinstance(feature, Tensor):
+            raise TypeError(
+                f"layer {name!r} ({type(module).__name__}) returned {_describe(output)}: expected a "
+                f"floating-point tensor"
+                f"{'' if self.output is None else f' at output={self.output!r}'}; choose one with output="
+            )
+        return feature
+
+    def check_complete(self) -> None:
+        """Raise if there is no finished pass to build a loss from, saying which of the many reasons it is."""
+        if self.state == "open":
+            raise RuntimeError(
+                "FeatureFlow: the last forward did not finish (it raised, or loss() was called inside it); "
+                "run the model's forward again before loss()"
+            )
+        if self.state == "recursive":
+            raise RuntimeError(
+                "FeatureFlow: the model called itself inside its own forward, which cannot be recorded"
+            )
+        if self.state == "taken":
+            raise RuntimeError(
+                "FeatureFlow: loss() was already built from the last forward; it can be built once per "
+                "forward "
+                "(keep the returned tensor). If the model did run since, its hooks were not called: see "
+                "below.\n" + _NOTHING_CAPTURED
+            )
+        if self.state == "empty":
+            raise RuntimeError("FeatureFlow: no forward pass was recorded.\n" + _NOTHING_CAPTURED)
+
+    def check_features(self, layers: Sequence[str]) -> None:
+        """Raise if a layer was never called, ran without autograd, or its feature was overwritten since."""
+        self.check_complete()
+        missing = [name for name in layers if name not in self.names]
+        if missing:
+            raise RuntimeError(
+                f"FeatureFlow: {_list(missing)} not called in the last forward"
+                f" ({len(missing)} of {len(layers)} layers); pass layers= without it, or, if it was compiled "
+                "separately, attach before torch.compile"
+            )
+        if self.without_autograd:
+            raise RuntimeError(
+                f"FeatureFlow: {_list(self.without_autograd)} ran without autograd in a training forward, so "
+                + _CHECKPOINT_ADVICE
+            )
+        for name, feature, version, traced in zip(
+            self.names, self.features, self.versions, self.traced, strict=True
+        ):
+            if not traced and version is not None:
+                self.overwritten.append((name, feature._version != version))
+        for name, overwritten in self.overwritten:
+            if overwritten:
+                raise RuntimeError(
+                    f"FeatureFlow: the output of layer {name!r} was overwritten in place after it was "
+                    f"captured (an "
+                    "in-place activation or +=); use inplace=False there, or choose the layer that "
+                    "overwrites it"
+                )
+
+
+_NOTHING_CAPTURED = """Possible reasons:
+- the model ran in eval mode or under no_grad (FeatureFlow(..., capture_eval=True) records that too);
+- a submodule was called instead of the model that FeatureFlow was given;
+- the model, or one of the same structure, was compiled with torch.compile before attach(): attach first,
+  or return the features from forward and call ffr_loss on them (works with fullgraph=True)."""
+
+
+class LayerHook:
+    """Forward hook of one layer: hands its output to the recorder while a pass is recorded."""
+
+    def __init__(self, recorder: Recorder, name: str, last: bool) -> None:
+        self.recorder = weakref.ref(recorder)
+        self.name = name
+        self.last = last
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None and recorder.recording:
+            recorder.capture(self.name, module, output, self.last)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Inert, ())
+
+
+class BeginHook:
+    """Forward pre-hook of the model: a recorded pass starts here."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = weakref.ref(recorder)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        recorder = self.recorder()
+        if recorder is None:
+            return
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "FeatureFlow does not work under nn.DataParallel, whose replicas run in threads: "
+                "use DistributedDataParallel"
+            )
+        recorder.begin(module.training)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Inert, ())
+
+
+class EndHook:
+    """Forward hook of the model: a recorded pass ends here."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = weakref.ref(recorder)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.end(module.training)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Inert, ())
+
+
+class _Inert:
+    """What the hooks become in a copy, a pickle or a checkpoint of the model: a hook that does nothing."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def first_tensor(output: Any) -> Any:
+    """The first floating-point tensor of a module's output, depth first; None if there is none.
+
+    Hugging Face's ``ModelOutput`` is a mapping and a dataclass; its first field in order is the hidden state.
+    """
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    items: Sequence[Any] = ()
+    if isinstance(output, Mapping):
+        items = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        items = output
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
+
+
+def _item(output: Any, key: int | str) -> Any:
+    if isinstance(key, str) and not isinstance(output, Mapping) and hasattr(output, key):
+        return getattr(output, key)
+    return output[key]
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with keys {list(output)}"
+    if isinstance(output, (tuple, list)):
+        return f"{type(output).__name__} of {len(output)}"
+    return f"a tensor of dtype {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"layer {shown}" if len(names) == 1 else f"layers {shown}{', ...' if len(names) > 3 else ''}"
+
+
+def _inside_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread, where only recomputation calls a
+    forward."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

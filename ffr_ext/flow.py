@@ -1,0 +1,201 @@
+"""FeatureFlow: feature flow regularization of a model you do not want to rewrite."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ffr_ext import checks
+from ffr_ext.backends import BACKENDS
+from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder
+from ffr_ext.functional import FlowTerms, flow_terms
+from ffr_ext.layers import LayerSpec, select_layers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self needs Python 3.11
+
+
+class FeatureFlow:
+    """Capture the outputs of a model's layers and penalise the length and curvature of their trajectory.
+
+    ::
+
+        flow = FeatureFlow(model)                     # which layers? print(flow.layers)
+        with flow:                                    # or flow.attach() ... flow.detach()
+            for x, y in loader:
+                loss = criterion(model(x), y) + flow.loss()
+                loss.backward()
+
+    ``flow.loss()`` equals ``ffr_loss(features, ...)`` on the captured outputs, in the order in which the
+    layers were called. A layer called twice in one forward gives two features.
+
+    Args:
+        model: the module whose call is one forward pass. Give it the module that you call, or that a
+            wrapper such as DistributedDataParallel calls.
+        layers: ``"auto"`` (repeated blocks of one class under one parent, such as residual blocks and
+            transformer layers; else activation modules), names, modules, or a predicate ``(name, module)
+            -> bool``.
+        output: which part of a layer's output is its feature, if that is not a tensor: an index, a key, or
+            a function of the output. Default: the first floating-point tensor.
+        capture_eval: also record passes in eval mode or without autograd, to measure; by default they
+        leave no trace. gradient, curvature, norm, curvature_kind, reduction, transition, backend: see
+        :func:`ffr_loss`.
+
+    Which forward counts: the last training forward that began before ``loss()``. Each forward starts
+    afresh, and ``loss()`` can be built once from it. Forwards in eval mode or under ``no_grad`` in between
+    change nothing, and so does recomputation by non-reentrant activation checkpointing.
+
+    Raises:
+        TypeError: ``model`` is no module. ValueError: ``model`` is ``nn.DataParallel``, or ``layers``
+        selects nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSpec = "auto",
+        *,
+        gradient: float | Sequence[float] | Tensor = 1.0,
+        curvature: float | Sequence[float] | Tensor = 1.0,
+        norm: str = "l1",
+        curvature_kind: str = "difference",
+        reduction: str = "mean",
+        transition: str = "break",
+        backend: str = "auto",
+        output: OutputSelector | None = None,
+        capture_eval: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model: nn.DataParallel runs replicas in threads and cannot be captured; use "
+                "DistributedDataParallel"
+            )
+        checks.check_options(norm, curvature_kind, reduction, transition)
+        checks.check_choice("backend", backend, ("auto", *BACKENDS))
+        for name, weight in (("gradient", gradient), ("curvature", curvature)):
+            checks.term_weights(
+                name, weight, len(weight) if hasattr(weight, "__len__") and _rank(weight) else 0
+            )
+        self.model = model
+        self.gradient = gradient
+        self.curvature = curvature
+        self.options: dict[str, Any] = {
+            "norm": norm,
+            "curvature_kind": curvature_kind,
+            "reduction": reduction,
+            "transition": transition,
+            "backend": backend,
+        }
+        self._modules = select_layers(model, layers)
+        self._recorder = Recorder(output, capture_eval)
+        self._handles: list[RemovableHandle] = []
+        self._last_terms: FlowTerms | None = None
+
+    @property
+    def layers(self) -> list[str]:
+        """Qualified names of the captured layers, in the order of ``model.named_modules()``."""
+        return list(self._modules)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> Self:
+        """Put the hooks on the model; no effect if they are there. Compile the model after this, not
+        before."""
+        if not self._handles:
+            self._recorder.clear()
+            handles = [self.model.register_forward_pre_hook(BeginHook(self._recorder))]
+            last = self.layers[-1]
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_hook(LayerHook(self._recorder, name, name == last)))
+            handles.append(self.model.register_forward_hook(EndHook(self._recorder)))
+            self._handles = handles
+            self._finalizer = weakref.finalize(self, _remove, handles)
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off the model and let go of all features."""
+        if self._handles:
+            self._finalizer()
+            self._handles = []
+        self._recorder.clear()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def loss(self) -> Tensor:
+        """The penalty of the last recorded forward, a 0-dim tensor: ``ffr_loss(features, ...)``. Once per
+        forward.
+
+        Raises:
+            RuntimeError: nothing was captured, the forward did not finish, a layer was not called, ran
+                without autograd (reentrant checkpointing), or its output was overwritten in place; the
+                message names the layer.
+            ValueError: the features make no term, or the keywords do not fit (see :func:`ffr_loss`).
+        """
+        features = self._features()
+        self._recorder.clear("taken")
+        terms = flow_terms(features, **self.options)
+        self._last_terms = FlowTerms(terms.gradient.detach(), terms.curvature.detach())
+        return _weighted("gradient", self.gradient, terms.gradient) + _weighted(
+            "curvature", self.curvature, terms.curvature
+        )
+
+    def terms(self) -> FlowTerms:
+        """Length and curvature per term, detached and without weights: ``flow_terms(features, ...)``, to log.
+
+        Belongs to the last recorded forward, whether its ``loss()`` was built or not.
+        """
+        if self._recorder.state == "taken" and self._last_terms is not None:
+            return self._last_terms
+        return flow_terms([feature.detach() for feature in self._features()], **self.options)
+
+    def _features(self) -> list[Tensor]:
+        if not self._handles:
+            raise RuntimeError(
+                "FeatureFlow is not attached: use `with flow:` or flow.attach() before the forward"
+            )
+        recorder = self._recorder
+        recorder.check_features(self.layers)
+        if not recorder.capture_eval and not any(feature.requires_grad for feature in recorder.features):
+            raise RuntimeError(
+                f"FeatureFlow: none of the {len(recorder.features)} captured features requires grad, so the "
+                f"penalty "
+                "would change nothing: the layers before them are frozen or detached"
+            )
+        return recorder.features
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(_handles=[], _recorder=Recorder(self._recorder.output, self._recorder.capture_eval))
+        state.pop("_finalizer", None)
+        return state
+
+
+def _rank(weight: Any) -> int:
+    return weight.dim() if isinstance(weight, Tensor) else 1
+
+
+def _weighted(name: str, weight: Any, terms: Tensor) -> Tensor:
+    weights = checks.term_weights(name, weight, terms.numel())
+    if isinstance(weights, list):
+        weights = terms.new_tensor(weights)
+    elif isinstance(weights, Tensor):
+        weights = weights.to(terms)
+    return (weights * terms).sum()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,132 @@
+"""Which modules of a network are the points of its feature flow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+LayerSpec = str | Sequence["str | nn.Module"] | Callable[[str, nn.Module], bool]
+
+# These only hold other modules: the four stages of a ResNet are four nn.Sequential under one parent, and
+# are not blocks.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+_NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+_ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
+    cls
+    for name in torch.nn.modules.activation.__all__
+    if issubclass(cls := getattr(torch.nn.modules.activation, name), nn.Module)
+    and cls not in _NOT_ELEMENTWISE
+)
+
+
+def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
+    """Map qualified names to the modules that ``layers`` means, in the order of ``model.named_modules()``.
+
+    ``layers`` is ``"auto"`` (see :func:`repeated_blocks`, then :func:`activations`), one name, a sequence
+    of names and modules, or a predicate called with ``(name, module)`` for every module below ``model``.
+
+    Raises:
+        ValueError: a name or a module that is not in ``model``, one given twice, or nothing selected.
+        TypeError: ``layers`` is none of the above.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        chosen = repeated_blocks(model) or activations(model)
+        if not chosen:
+            raise ValueError(
+                f"layers='auto' found neither repeated blocks nor activation modules in "
+                f"{type(model).__name__}; "
+                "pass names, modules, or a predicate (name, module) -> bool"
+            )
+        return chosen
+    if isinstance(layers, str):
+        layers = [layers]
+    if isinstance(layers, nn.Module) and not isinstance(layers, (nn.Sequential, nn.ModuleList)):
+        raise TypeError(
+            f"layers: expected 'auto', names, modules or a predicate, got one {type(layers).__name__}; "
+            "wrap a single module in a list"
+        )
+    if callable(layers) and not isinstance(layers, nn.Module):
+        chosen = {name: module for name, module in model.named_modules() if name and layers(name, module)}
+        if not chosen:
+            raise ValueError(f"layers: the predicate chose none of the modules of {type(model).__name__}")
+        return chosen
+    if not isinstance(layers, Iterable):
+        raise TypeError(
+            f"layers: expected 'auto', names, modules or a predicate, got {type(layers).__name__}"
+        )
+    return _by_name_or_identity(model, layers)
+
+
+def _by_name_or_identity(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+    by_name = dict(model.named_modules())
+    name_of = {module: name for name, module in by_name.items()}
+    wanted: set[str] = set()
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Module):
+            if layer not in name_of:
+                raise ValueError(f"layers[{index}]: this {type(layer).__name__} is not a module of the model")
+            name = name_of[layer]
+        elif isinstance(layer, str):
+            name = layer
+            if name not in by_name:
+                raise ValueError(
+                    f"layers[{index}]: the model has no module named {name!r}{_hint(name, by_name)}"
+                )
+        else:
+            raise TypeError(f"layers[{index}]: expected a name or a module, got {type(layer).__name__}")
+        if name in wanted:
+            raise ValueError(
+                f"layers[{index}]: {name!r} is listed twice; a layer is captured at every call anyway"
+            )
+        wanted.add(name)
+    if not wanted:
+        raise ValueError("layers: expected at least one layer, got an empty sequence")
+    return {name: module for name, module in by_name.items() if name in wanted}
+
+
+def _hint(name: str, by_name: dict[str, nn.Module]) -> str:
+    close = [known for known in by_name if known.endswith(f".{name}") or name.endswith(f".{known}")]
+    return f"; did you mean {close[0]!r}?" if close and close[0] else ""
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks such as residual blocks and transformer layers, outermost first.
+
+    A class is a block class if some parent has two or more children of it that have children of their own
+    and parameters, and it is no mere container (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``).
+    All modules of a block class are chosen, wherever they are, except inside another block: the attention
+    modules of a transformer layer are not blocks.
+    """
+    classes: set[type] = set()
+
+    def find(module: nn.Module) -> None:
+        children = [child for child in module.children() if not isinstance(child, _CONTAINERS)]
+        counts = Counter(type(child) for child in children if _has_inside(child))
+        classes.update(cls for cls, count in counts.items() if count > 1)
+        for child in module.children():
+            if type(child) not in classes:
+                find(child)
+
+    find(model)
+    chosen: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside_a_block = any(name.startswith(f"{outer}.") for outer in chosen)
+        if name and type(module) in classes and not inside_a_block:
+            chosen[name] = module
+    return chosen
+
+
+def _has_inside(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def activations(model: nn.Module) -> dict[str, nn.Module]:
+    """The element-wise activation modules (``nn.ReLU``, ``nn.GELU``, ...). A function such as ``F.relu``
+    is no module."""
+    return {
+        name: module for name, module in model.named_modules() if name and isinstance(module, _ACTIVATIONS)
+    }

@@ -1,0 +1,97 @@
+"""Small networks for the FeatureFlow tests, and the numbers they should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffr_ext import ffr_loss
+
+
+class Residual(nn.Module):
+    """relu(x + bn(conv(x)))"""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.norm(self.conv(x)))
+
+
+class ResidualNet(nn.Module):
+    """A stem, residual blocks at two resolutions, and a classifier."""
+
+    def __init__(self, blocks: int = 3, channels: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.early = nn.Sequential(*(Residual(channels) for _ in range(blocks)))
+        self.down = nn.MaxPool2d(2)
+        self.late = nn.Sequential(*(Residual(channels) for _ in range(blocks)))
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        return self.head(self.late(self.down(x)).mean((2, 3)))
+
+    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and block outputs without any hook: the truth the hooks are compared with."""
+        features = []
+        x = self.stem(x)
+        for block in self.early:
+            features.append(x := block(x))
+        x = self.down(x)
+        for block in self.late:
+            features.append(x := block(x))
+        return self.head(x.mean((2, 3))), features
+
+
+def images(batch: int = 2, size: int = 8) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def task_loss(logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def expected(model: Any, x: Tensor, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
+    """Penalty and gradients of task loss + penalty, by calling ffr_loss on features returned by hand."""
+    logits, features = model.features(x)
+    penalty = ffr_loss(features, **options)
+    return penalty.detach(), gradients(model, task_loss(logits) + penalty)
+
+
+def assert_gradients_close(
+    actual: list[Tensor | None], truth: list[Tensor | None], tolerance: float = 1e-6
+) -> None:
+    assert len(actual) == len(truth)
+    for index, (a, b) in enumerate(zip(actual, truth, strict=True)):
+        assert (a is None) == (b is None), f"parameter {index}: a gradient is missing"
+        if a is not None and b is not None:
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda m, i=index: f"parameter {i}: {m}"
+            )
+
+
+class Calls(nn.Module):
+    """A module around a function of (its submodules, x), for odd forwards."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self._forward(self, x)

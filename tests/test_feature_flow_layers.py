@@ -1,0 +1,121 @@
+"""Which layers FeatureFlow chooses: "auto", names, modules, predicates, and the errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flow_models import Residual, ResidualNet
+from torch import nn
+
+from ffr_ext import FeatureFlow
+
+
+class Stage(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(4) for _ in range(depth))
+
+
+class TwoStages(nn.Module):
+    """One of the stages has a single block, which is a block all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Stage(2)
+        self.second = nn.Sequential(Residual(4))
+
+
+def plain_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Softmax(1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        pytest.param(
+            ResidualNet(2),
+            ["early.0", "early.1", "late.0", "late.1"],
+            id="residual blocks, not the Sequential stages",
+        ),
+        pytest.param(
+            TwoStages(),
+            ["first.blocks.0", "first.blocks.1", "second.0"],
+            id="all blocks of a class once it repeats",
+        ),
+        pytest.param(
+            nn.Transformer(8, 2, 2, 2, 8),
+            ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"],
+            id="transformer layers, not the two attentions inside a decoder layer",
+        ),
+        pytest.param(plain_cnn(), ["2", "5"], id="no blocks: activations, softmax is none"),
+        pytest.param(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh()),
+            ["2"],
+            id="leaf modules that repeat are no blocks",
+        ),
+    ],
+)
+def test_auto(model: nn.Module, names: list[str]) -> None:
+    assert FeatureFlow(model).layers == names
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        pytest.param(
+            lambda m: ["late.0", "stem", "early.1"], ["stem", "early.1", "late.0"], id="names, in model order"
+        ),
+        pytest.param(lambda m: [m.stem, m.early[0]], ["stem", "early.0"], id="modules"),
+        pytest.param(lambda m: [m.stem, "early.0"], ["stem", "early.0"], id="both"),
+        pytest.param(lambda m: m.early, ["early.0", "early.1"], id="the children of a container"),
+        pytest.param(
+            lambda m: lambda name, module: isinstance(module, nn.BatchNorm2d) and name.startswith("late"),
+            ["late.0.norm", "late.1.norm"],
+            id="predicate",
+        ),
+        pytest.param(lambda m: "stem", ["stem"], id="one name"),
+    ],
+)
+def test_explicit_choice(layers: Any, names: list[str]) -> None:
+    model = ResidualNet(2)
+    assert FeatureFlow(model, layers(model)).layers == names
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (["early.7"], ValueError, r"layers\[0\].*'early.7'"),
+        (["stem", "0.conv"], ValueError, r"layers\[1\].*'0.conv'"),
+        ([nn.Linear(2, 2)], ValueError, r"layers\[0\]: this Linear is not a module of the model"),
+        (["stem", "stem"], ValueError, r"'stem' is listed twice"),
+        ([], ValueError, "at least one layer"),
+        ([3], TypeError, r"layers\[0\]: expected a name or a module, got int"),
+        (3, TypeError, "layers: expected"),
+        (lambda name, module: False, ValueError, "predicate chose none"),
+        (nn.Linear(2, 2), TypeError, "wrap a single module in a list"),
+    ],
+)
+def test_a_wrong_choice_says_what_was_expected(layers: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FeatureFlow(ResidualNet(), layers)
+
+
+def test_a_model_without_blocks_or_activations_needs_an_explicit_choice() -> None:
+    with pytest.raises(ValueError, match="neither repeated blocks nor activation modules in Linear"):
+        FeatureFlow(nn.Linear(2, 2))
+
+
+def test_a_near_miss_is_suggested() -> None:
+    wrapped = nn.Sequential()
+    wrapped.add_module("module", ResidualNet())
+    with pytest.raises(ValueError, match=r"did you mean 'module\.stem'"):
+        FeatureFlow(wrapped, ["stem"])
