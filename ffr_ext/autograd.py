@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
-from .stages import Layout, align, walk_as_they_lie
+from . import ops, traced
+from .stages import Layout, align, kernel_layouts
 
 DOUBLE_BACKWARD = (
     "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second derivative is "
@@ -59,15 +59,12 @@ class FlowStats(torch.autograd.Function):
     def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         stages = _by_stage(features, spec.lengths)
         groups = [stage[0].shape[0] if spec.per_sample else 1 for stage in stages]
-        entries = sum(ops.stats_entries(n, g) for n, g in zip(spec.lengths, groups, strict=True))
-        signs = 0
-        if spec.save_signs:
-            signs = sum(ops.sign_bytes(len(stage), stage[0].numel()) for stage in stages)
         aligned = [f for stage in stages for f in align(stage, spec.per_sample)]
-        stats = torch.empty(entries, dtype=torch.float64, device=features[0].device)
-        packed = torch.empty(signs, dtype=torch.uint8, device=features[0].device)
-        ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, packed)
-        return stats, packed
+        if torch.compiler.is_compiling():
+            return traced.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
+        stats, signs = traced.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
+        ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, signs)
+        return stats, signs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -139,17 +136,8 @@ def _flow_gradients(
         features = [f for stage in _by_stage(saved, spec.lengths) for f in align(stage, spec.per_sample)]
     else:
         (signs,) = saved
-    grads = []
-    for stage, want_stage in zip(stages, _by_stage(wanted, spec.lengths), strict=True):
-        as_they_lie = walk_as_they_lie(stage, spec.per_sample)
-        for (shape, strides, dtype, _), want in zip(stage, want_stage, strict=True):
-            if not want:
-                grads.append(torch.empty(0, dtype=dtype, device=device))
-            elif as_they_lie:
-                grads.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
-            else:
-                grads.append(torch.empty(shape, dtype=dtype, device=device))
-    ops.flow_kernels(spec.backend).backward(
+    made = [lay for stage in stages for lay in kernel_layouts(stage, spec.per_sample)]
+    arguments = (
         features,
         signs,
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
@@ -157,11 +145,28 @@ def _flow_gradients(
         [stage[0].shape.numel() for stage in stages],
         [stage[0].shape[0] if spec.per_sample else 1 for stage in stages],
         spec.squared,
-        grads,
     )
-    return tuple(
-        _with_strides(grad, layout) for grad, layout, want in zip(grads, layouts, wanted, strict=True) if want
-    )
+    if torch.compiler.is_compiling():
+        described = [lay for lay, want in zip(made, wanted, strict=True) if want]
+        grads = traced.flow_gradients(
+            *arguments,
+            wanted,
+            [len(lay.shape) for lay in described],
+            [size for lay in described for size in lay.shape],
+            [stride for lay in described for stride in lay.strides],
+            [lay.dtype for lay in described],
+            spec.backend,
+        )
+    else:
+        nothing = signs.new_empty(0)
+        slots = [
+            torch.empty_strided(lay.shape, lay.strides, dtype=lay.dtype, device=device) if want else nothing
+            for lay, want in zip(made, wanted, strict=True)
+        ]
+        ops.flow_kernels(spec.backend).backward(*arguments, slots)
+        grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
+    asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
+    return tuple(_with_strides(grad, layout) for grad, layout in zip(grads, asked, strict=True))
 
 
 def _with_strides(grad: Tensor, layout: Layout) -> Tensor:

@@ -111,14 +111,15 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
                 f"{name}: expected a float or one weight per term ({count}), got a tensor of shape {tuple(weight.shape)}"
             )
         return weight
-    if isinstance(weight, bool) or isinstance(weight, str):
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        # Traced with dynamic sizes a float can be symbolic; its value is not known then.
+        return weight if torch.compiler.is_compiling() else _finite(name, weight)
+    if isinstance(weight, (bool, str)) or not hasattr(weight, "__iter__"):
         raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
-    if hasattr(weight, "__iter__"):
-        weights = [_finite(f"{name}[{i}]", w) for i, w in enumerate(weight)]
-        if len(weights) != count:
-            raise ValueError(f"{name}: expected one weight per term ({count}), got {len(weights)}")
-        return weights
-    return _finite(name, weight)
+    weights = [_finite(f"{name}[{i}]", w) for i, w in enumerate(weight)]
+    if len(weights) != count:
+        raise ValueError(f"{name}: expected one weight per term ({count}), got {len(weights)}")
+    return weights
 
 
 def _finite(name: str, value: Any) -> float:

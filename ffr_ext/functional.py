@@ -161,7 +161,7 @@ def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
 
 def _plan(features: list[Tensor], transition: str) -> Plan:
     shapes = tuple(tuple(f.shape) for f in features)
-    if _cacheable(features):
+    if not features or _cacheable(features):
         return cached_plan(shapes, transition)
     return make_plan(shapes, transition)  # sizes may be symbolic
 

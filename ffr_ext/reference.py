@@ -49,9 +49,13 @@ def phi(difference: Tensor, norm: str, reduction: str) -> Tensor:
     elif norm == "l2_squared":
         total, mean = difference.square().sum(), batch * per_sample
     else:
-        squared = difference.square().reshape(difference.shape[0], -1).sum(1)
-        total, mean = safe_sqrt(squared).sum(), batch * per_sample**0.5
+        total, mean = safe_sqrt(squared_norms(difference)).sum(), batch * per_sample**0.5
     return total / {"sum": 1, "batchmean": batch, "mean": mean}[reduction]
+
+
+def squared_norms(difference: Tensor) -> Tensor:
+    """Squared Euclidean norm of each sample: (B, ...) -> (B,)."""
+    return difference.square().flatten(1).sum(1) if difference.dim() > 1 else difference.square()
 
 
 def safe_sqrt(squared: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:
 
 def angle_term(before: Tensor, after: Tensor, reduction: str) -> Tensor:
     """Total absolute curvature at one vertex of the trajectory: `angle` per sample, summed or averaged over them."""
-    rows = [d.reshape(d.shape[0], -1).double().square().sum(1) for d in (before, after, after - before)]
+    rows = [squared_norms(d.double()) for d in (before, after, after - before)]
     theta = angle(*rows).sum()
     return theta if reduction == "sum" else theta / max(before.shape[0], 1)
 

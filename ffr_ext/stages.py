@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +123,8 @@ def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:
     return own
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """How a feature lies in memory: all that the l1 backward pass needs to know of it."""
 
     shape: torch.Size
@@ -165,6 +165,16 @@ def walk_as_they_lie(layouts: Sequence[Layout], per_sample: bool) -> bool:
     if order is None or (per_sample and layouts[0].shape[0] != 1 and order[:1] != (0,)):
         return False
     return all(layout.storage_order == order for layout in layouts[1:])
+
+
+def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layout]:
+    """The layouts in which the kernels write the gradients of a stage: as the features lie, or contiguous if `align` copies."""
+    if walk_as_they_lie(layouts, per_sample):
+        return layouts
+    strides = [1]
+    for size in reversed(layouts[0].shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return [Layout(layout.shape, tuple(strides), layout.dtype, True) for layout in layouts]
 
 
 def align(features: Sequence[Tensor], per_sample: bool) -> list[Tensor]:

@@ -27,6 +27,7 @@ def loss_and_grads(features: Sequence[Tensor], upstream: float = 1.0, **options:
 
 def reference_in(dtype: torch.dtype, features: Sequence[Tensor], upstream: float = 1.0, **options: Any) -> LossAndGrads:
     """The reference with features and all arithmetic in `dtype`, eagerly."""
+    options.pop("backend", None)
     leaves = [f.detach().to(dtype).requires_grad_(f.requires_grad) for f in features]
     loss = reference.ffr_loss(leaves, **options)
     if loss.requires_grad:
@@ -39,30 +40,29 @@ def assert_no_worse_than_torch(
 ) -> None:
     """The loss and every gradient are as near to the float64 truth as plain torch in the features' own dtype is.
 
-    "Plain torch" casts to float32, computes eagerly, and rounds the gradient once: the best that dtype can give. A little
-    is allowed on top: a few units in the last place of the result.
+    "Plain torch" casts to float32, computes eagerly, and rounds the gradient once: the best that dtype can give. Eight
+    units in the last place are allowed on top: of the loss, and for gradients of the largest one, because a gradient is
+    a sum of up to six addends that can cancel.
     """
     truth = reference_in(torch.float64, features, upstream, **options)
-    options_of_reference = {k: v for k, v in options.items() if k != "backend"}
-    del options_of_reference
     ours = loss_and_grads(features, upstream, **options)
     eager = loss_and_grads(features, upstream, **{**options, "backend": "reference"})
-    _assert_near(ours.loss, eager.loss, truth.loss, "loss")
+    _assert_near(ours.loss, eager.loss, truth.loss, truth.loss.abs().item(), "loss")
+    largest = max((t.abs().max().item() for t in truth.grads if t is not None and t.numel()), default=0.0)
     for index, (a, b, t) in enumerate(zip(ours.grads, eager.grads, truth.grads, strict=True)):
         assert (a is None) == (t is None), f"features[{index}]: gradient {'missing' if a is None else 'not asked for'}"
         if a is not None and b is not None and t is not None:
             assert a.dtype == features[index].dtype
-            _assert_near(a, b, t, f"gradient of features[{index}]")
+            _assert_near(a, b, t, largest, f"gradient of features[{index}]")
 
 
-def _assert_near(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:
+def _assert_near(ours: Tensor, eager: Tensor, truth: Tensor, scale: float, name: str) -> None:
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    unit = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-    error = (ours.double() - truth).abs().max().item()
-    allowed = (eager.double() - truth).abs().max().item() + 4 * unit
-    assert error <= allowed, f"{name}: error {error:.3g}, plain torch in {ours.dtype} has {allowed - 4 * unit:.3g}"
+    error, unavoidable = ((x.double() - truth).abs().max().item() for x in (ours, eager))
+    allowed = unavoidable + 8 * torch.finfo(ours.dtype).eps * scale
+    assert error <= allowed, f"{name}: error {error:.3g}; plain torch in {ours.dtype} has {unavoidable:.3g}"
 
 
 def random_features(*shapes: Sequence[int], dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> list[Tensor]:

@@ -1,0 +1,115 @@
+"""The loss kernels as functional ops, for graphs that are traced (torch.compile, torch.export).
+
+The kernels of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays functional,
+and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every gradient. An op that
+returns its tensors has none of that. In eager mode the extra hop through Python would only cost time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+SCHEMAS = {
+    "flow_stats": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, bool save_signs, str backend) "
+    "-> (Tensor stats, Tensor signs)",
+    # A wanted gradient is described by its rank, its sizes and strides (all of them, one after another) and its dtype.
+    "flow_gradients": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] groups, "
+    "bool squared, bool[] wanted, int[] ranks, SymInt[] sizes, SymInt[] strides, ScalarType[] dtypes, str backend) "
+    "-> Tensor[]",
+}
+
+
+def empty_stats(
+    features: list[Tensor], lengths: list[int], groups: list[int], save_signs: bool
+) -> tuple[Tensor, Tensor]:
+    """What `flow_forward` fills: stats, and the packed signs if wanted."""
+    device = features[0].device
+    entries = sum(ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True))
+    packed, first = 0, 0
+    for length in lengths:
+        if save_signs:
+            packed += ops.sign_bytes(length, features[first].numel())
+        first += length
+    stats = torch.empty(entries, dtype=torch.float64, device=device)
+    return stats, torch.empty(packed, dtype=torch.uint8, device=device)
+
+
+def _flow_stats(
+    features: list[Tensor], lengths: list[int], groups: list[int], squared: bool, save_signs: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    stats, signs = empty_stats(features, lengths, groups, save_signs)
+    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
+    return stats, signs
+
+
+def _flow_stats_fake(
+    features: list[Tensor], lengths: list[int], groups: list[int], squared: bool, save_signs: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return empty_stats(features, lengths, groups, save_signs)
+
+
+def _empty_gradients(
+    device: torch.device, ranks: list[int], sizes: list[int], strides: list[int], dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    grads, first = [], 0
+    for rank, dtype in zip(ranks, dtypes, strict=True):
+        axes = slice(first, first + rank)
+        grads.append(torch.empty_strided(sizes[axes], strides[axes], dtype=dtype, device=device))
+        first += rank
+    return grads
+
+
+def _flow_gradients(
+    features: list[Tensor],
+    signs: Tensor,
+    coef: Tensor,
+    lengths: list[int],
+    numels: list[int],
+    groups: list[int],
+    squared: bool,
+    wanted: list[bool],
+    ranks: list[int],
+    sizes: list[int],
+    strides: list[int],
+    dtypes: list[torch.dtype],
+    backend: str,
+) -> list[Tensor]:
+    grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
+    given, nothing = iter(grads), coef.new_empty(0)
+    slots = [next(given) if want else nothing for want in wanted]
+    ops.flow_kernels(backend).backward(features, signs, coef, lengths, numels, groups, squared, slots)
+    return grads
+
+
+def _flow_gradients_fake(
+    features: list[Tensor],
+    signs: Tensor,
+    coef: Tensor,
+    lengths: list[int],
+    numels: list[int],
+    groups: list[int],
+    squared: bool,
+    wanted: list[bool],
+    ranks: list[int],
+    sizes: list[int],
+    strides: list[int],
+    dtypes: list[torch.dtype],
+    backend: str,
+) -> list[Tensor]:
+    return _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
+
+
+_library = torch.library.Library("ffr_ext", "FRAGMENT")
+for _name, _run, _fake in (
+    ("flow_stats", _flow_stats, _flow_stats_fake),
+    ("flow_gradients", _flow_gradients, _flow_gradients_fake),
+):
+    _library.define(_name + SCHEMAS[_name])
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffr_ext::{_name}", _fake, lib=_library)
+
+flow_stats = torch.ops.ffr_ext.flow_stats.default
+flow_gradients = torch.ops.ffr_ext.flow_gradients.default

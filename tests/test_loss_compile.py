@@ -1,0 +1,105 @@
+"""torch.compile: one graph, the same numbers, no recompilation per size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_features
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from ffr_ext import ffr_loss, flow_terms
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def _net() -> torch.nn.ModuleList:
+    return torch.nn.ModuleList([torch.nn.Linear(6, 6) for _ in range(4)]).double()
+
+
+def _step(net: torch.nn.ModuleList, x: Tensor, **options: Any) -> Tensor:
+    features = []
+    for layer in net:
+        x = layer(x).relu()
+        features.append(x)
+    return x.square().mean() + 3 * ffr_loss(features, gradient=0.5, **options)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "l1"},
+        {"norm": "l2"},
+        {"norm": "l2_squared", "reduction": "sum"},
+        {"norm": "l1", "curvature_kind": "angle"},
+        {"curvature": [1.0, 2.0]},
+    ],
+    ids=str,
+)
+def test_a_training_step_is_one_graph_with_the_same_gradients(compiler: str, options: Any, backend: str) -> None:
+    net, x = _net(), torch.randn(5, 6, dtype=torch.float64)
+    options = {**options, "backend": backend}
+    loss = _step(net, x, **options)
+    expected = torch.autograd.grad(loss, list(net.parameters()))
+    compiled = torch.compile(_step, fullgraph=True, backend=compiler)
+    loss_compiled = compiled(net, x, **options)
+    grads = torch.autograd.grad(loss_compiled, list(net.parameters()))
+    assert torch.allclose(loss, loss_compiled)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_compiled_terms(backend: str) -> None:
+    features = random_features(*[(3, 4)] * 4)
+    compiled = torch.compile(flow_terms, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(features, backend=backend), flow_terms(features, backend=backend), strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_no_graph_break_with_pooled_transitions_and_partial_gradients(backend: str) -> None:
+    features = random_features(*[(3, 4, 4, 4)] * 3, *[(3, 8, 2, 2)] * 2)
+    features[1].requires_grad_(False)
+
+    def loss(f: list[Tensor]) -> Tensor:
+        return ffr_loss(f, transition="pool", backend=backend)
+
+    assert torch._dynamo.explain(loss)(features).graph_break_count == 0
+    wanted = [f for f in features if f.requires_grad]
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(features), wanted)
+    for a, b in zip(compiled, torch.autograd.grad(loss(features), wanted), strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_sizes_are_dynamic(norm: str, backend: str) -> None:
+    """16 batch sizes at 3 resolutions: a graph per size would hit torch's recompile limit and silently run eagerly."""
+    counter = CompileCounter()
+
+    def loss(f: list[Tensor]) -> Tensor:
+        return ffr_loss(f, norm=norm, backend=backend)
+
+    compiled = torch.compile(loss, backend=counter, dynamic=True, fullgraph=True)
+    for batch in range(2, 18):
+        for size in (4, 6, 10):
+            features = random_features(*[(batch, 3, size, size)] * 3)
+            assert torch.allclose(compiled(features), loss(features), rtol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_dynamic_sizes_under_inductor_have_right_gradients(backend: str) -> None:
+    def loss(f: list[Tensor]) -> Tensor:
+        return ffr_loss([x * 2 for x in f], backend=backend)
+
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True)
+    for batch in (2, 3, 5):
+        features = random_features(*[(batch, 3, 7)] * 3)
+        for a, b in zip(
+            torch.autograd.grad(compiled(features), features), torch.autograd.grad(loss(features), features), strict=True
+        ):
+            assert torch.allclose(a, b)

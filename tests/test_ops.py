@@ -1,0 +1,142 @@
+"""`torch.library.opcheck` on every op, and the schemas' one definition."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ffr_ext import backends, ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+def _arguments(lengths: list[int], dtype: torch.dtype, layout: str, squared: bool, per_sample: bool) -> dict[str, Any]:
+    shapes = [(2, 3, 4, 5), (2, 6, 2, 2), (2, 1, 3, 3)]
+    features = [
+        LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(dtype))
+        for shape, length in zip(shapes, lengths, strict=False)
+        for _ in range(length)
+    ]
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    numels = [features[first].numel() for first in firsts]
+    groups = [2 if per_sample else 1] * len(lengths)
+    entries = sum(ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True))
+    signs = 0 if squared else sum(ops.sign_bytes(n, numel) for n, numel in zip(lengths, numels, strict=True))
+    return dict(
+        features=features,
+        lengths=lengths,
+        groups=groups,
+        numels=numels,
+        squared=squared,
+        stats=torch.empty(entries, dtype=torch.float64),
+        signs=torch.zeros(signs, dtype=torch.uint8),
+        coef=torch.randn(entries, dtype=torch.float64),
+        grads=[torch.empty_like(f) for f in features],
+    )
+
+
+SAMPLES = [
+    (lengths, dtype, layout, *kind)
+    for lengths, dtype, layout, kind in itertools.product(
+        ([3, 2], [1, 5, 2]), DTYPES, LAYOUTS, ((False, False), (True, False), (True, True))
+    )
+]
+
+
+def _native() -> None:
+    if backends.native() is None:
+        pytest.skip(f"no native library: {backends.native_error()}")
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_opcheck_of_the_loss_kernels(sample: Any) -> None:
+    _native()
+    a = _arguments(*sample)
+    kernels = ops.flow_kernels("cpu")
+    torch.library.opcheck(
+        kernels.forward, (a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
+    )
+    kernels.forward(a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
+    read = a["features"] if a["squared"] else []
+    torch.library.opcheck(
+        kernels.backward,
+        (read, a["signs"], a["coef"], a["lengths"], a["numels"], a["groups"], a["squared"], a["grads"]),
+    )
+    last = len(a["lengths"]) - 1
+    first = sum(a["lengths"][:last])
+    length, numel, groups = a["lengths"][last], a["numels"][last], a["groups"][last]
+    entries = ops.stats_entries(length, groups)
+    signs = a["signs"][a["signs"].numel() - ops.sign_bytes(length, numel) :] if not a["squared"] else a["signs"]
+    for accumulate in (False, True):
+        torch.library.opcheck(
+            kernels.backward_at,
+            (
+                read[first:],
+                signs,
+                a["coef"][-entries:].clone(),
+                length,
+                numel,
+                groups,
+                a["squared"],
+                1,
+                torch.zeros_like(a["grads"][first + 1]),
+                accumulate,
+            ),
+        )
+
+
+def test_backward_at_is_backward_one_feature_at_a_time() -> None:
+    _native()
+    kernels = ops.flow_kernels("cpu")
+    for squared, per_sample in ((False, False), (True, False), (True, True)):
+        a = _arguments([5], torch.float32, "contiguous", squared, per_sample)
+        kernels.forward(a["features"], a["lengths"], a["groups"], squared, a["stats"], a["signs"])
+        read = a["features"] if squared else []
+        sizes = (a["lengths"], a["numels"], a["groups"], squared)
+        kernels.backward(read, a["signs"], a["coef"], *sizes, a["grads"])
+        for index, expected in enumerate(a["grads"]):
+            near = [f if abs(i - index) <= 2 else f.new_empty(0) for i, f in enumerate(read)]
+            at = (near, a["signs"], a["coef"], 5, a["numels"][0], a["groups"][0], squared, index)
+            grad = torch.full_like(expected, float("nan"))
+            kernels.backward_at(*at, grad, False)
+            assert torch.equal(grad, expected)
+            base = torch.randn_like(expected)
+            total = base.clone()
+            kernels.backward_at(*at, total, True)
+            assert torch.allclose(total, base + expected, atol=1e-6)
+
+
+def test_packed_signs_are_nibbles_with_the_documented_codes() -> None:
+    _native()
+    values = torch.tensor([[0.0, 1.0, -1.0, float("nan"), 2.0], [0.0, 2.0, -3.0, 0.0, 1.0], [0.0, 3.0, 0.0, 0.0, 1.0]])
+    features = list(values)
+    stats, signs = torch.empty(3, dtype=torch.float64), torch.zeros(ops.sign_bytes(3, 5), dtype=torch.uint8)
+    ops.flow_kernels("cpu").forward(features, [3], [1], False, stats, signs)
+    planes = signs.view(2, 16)
+
+    def nibble(plane: int, element: int) -> int:
+        return (int(planes[plane, element // 2]) >> (4 * (element % 2))) & 15
+
+    def code(x: Tensor) -> int:
+        return 1 if x > 0 else 2 if x < 0 else 0  # NaN: 0, as torch.sign says
+
+    for element in range(5):
+        a, b, c = values[:, element]
+        assert nibble(0, element) == code(b - a) + 4 * code(c - 2 * b + a)
+        assert nibble(1, element) == code(c - b)
+
+
+def test_native_schemas_are_the_ones_python_declares_without_the_library() -> None:
+    _native()
+    for name, schema in ops.SCHEMAS.items():
+        registered = getattr(torch.ops.ffr_ext, name).default._schema
+        assert registered == torch._C.parse_schema(f"ffr_ext::{name}{schema}")
