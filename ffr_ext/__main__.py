@@ -1,0 +1,48 @@
+"""``python -m ffr_ext COMMAND``. Every command is one function that adds its parser; what it needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _add_info(commands: Subparsers) -> None:
+    parser = commands.add_parser("info", help="versions, devices, and which backends work and why the others do not")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run_info)
+
+
+def _run_info(arguments: argparse.Namespace) -> int:
+    from . import config
+
+    if arguments.json:
+        print(json.dumps(config.collect(), indent=2))
+    else:
+        config.show_config()
+    return 0
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ffr_ext", description="Feature flow regularization for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"ffr_ext {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
