@@ -52,7 +52,7 @@ def _plane(signs, plane, plane_bytes, start, VEC: tl.constexpr, WORD: tl.constex
 def _load_codes(
     signs, plane, plane_bytes, start, left, VEC: tl.constexpr, WORD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What `_spread` makes codes of: words of VEC nibbles, or a byte per element where a group may begin anywhere."""
+    """What `_twice_signs` reads: words of VEC nibbles, or a byte per element where a group may begin anywhere."""
     if VECTOR:
         words = tl.arange(0, BLOCK // VEC)
         first = _plane(signs, plane, plane_bytes, start, VEC, WORD, VECTOR)
@@ -63,14 +63,23 @@ def _load_codes(
 
 
 @triton.jit
-def _spread(loaded, start, VEC: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """One nibble per element."""
+def _twice_signs(loaded, start, COMPUTE: tl.constexpr, VEC: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """2 * sign(d) and 2 * sign(c), one of each per element.
+
+    Twice, because 2.0 and -2.0 are the bits 01 and 11 followed by zeros: a code becomes a float with a shift and a mask
+    once the code 2 is made 3, for a whole word at once. Converting integers instead would make the 16-bit kernel wait for
+    arithmetic rather than memory.
+    """
+    codes = loaded.to(tl.uint32)
+    codes |= (codes >> 1) & 0x55555555
     if VECTOR:
-        nibble = (4 * tl.arange(0, VEC)).to(tl.uint32)
-        return tl.reshape((loaded.to(tl.uint32)[:, None] >> nibble[None, :]) & 15, [BLOCK])
+        codes = codes[:, None]
+        to_top = (30 - 4 * tl.arange(0, VEC)).to(tl.uint32)[None, :]
     else:
-        odd = (start + tl.arange(0, BLOCK)) & 1
-        return (loaded.to(tl.uint32) >> (4 * odd).to(tl.uint32)) & 15
+        to_top = (30 - 4 * ((start + tl.arange(0, BLOCK)) & 1)).to(tl.uint32)
+    first = ((codes << to_top) & 0xC0000000).to(tl.float32, bitcast=True)
+    second = ((codes << (to_top - 2)) & 0xC0000000).to(tl.float32, bitcast=True)
+    return tl.reshape(first, [BLOCK]).to(COMPUTE), tl.reshape(second, [BLOCK]).to(COMPUTE)
 
 
 @triton.jit
@@ -85,13 +94,7 @@ def _store_codes(words, left, d_code, c_code, VEC: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def _sign_code(value):
     """0 for zero and NaN, 1 for positive, 2 for negative: csrc/common/signs.h."""
-    return (value > 0).to(tl.uint32) | ((value < 0).to(tl.uint32) << 1)
-
-
-@triton.jit
-def _sign(code, COMPUTE: tl.constexpr):
-    """-1, 0 or 1 of the low two bits."""
-    return (code & 1).to(COMPUTE) - ((code >> 1) & 1).to(COMPUTE)
+    return tl.where(value > 0, 1, tl.where(value < 0, 2, 0)).to(tl.uint32)
 
 
 @triton.jit
@@ -265,9 +268,9 @@ def backward_signs_kernel(
         a1 = tl.load(first_coef + groups)
         e1 = tl.load(second_coef + groups, mask=seconds > 1, other=0.0)
     for i in tl.static_range(0, PLANES):
-        codes = _spread(w0, start, VEC, VECTOR, BLOCK)
-        first = a0.to(COMPUTE) * _sign(codes, COMPUTE)
-        second = e0.to(COMPUTE) * _sign(codes >> 2, COMPUTE)
+        first, second = _twice_signs(w0, start, COMPUTE, VEC, VECTOR, BLOCK)
+        first *= (0.5 * a0).to(COMPUTE)
+        second *= (0.5 * e0).to(COMPUTE)
         w0 = w1
         a0 = a1
         e0 = e1
