@@ -1,0 +1,321 @@
+// The drivers: cut all stages into chunks of about equal work, walk each chunk tile by tile along the depth,
+// and hand every tile of every feature to a row kernel. So a feature's element comes from memory once (the
+// tiles of its neighbours are still in the L1 cache), and no difference tensor exists.
+#include "flow.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+#include "rows.h"
+
+namespace ffr {
+namespace {
+
+// Elements per chunk (over all features of the stage). It gives each of 64 threads work from 2M elements on,
+// and a thread's start-up costs nothing against it. The partition depends on shapes alone, never on threads.
+constexpr int64_t kChunkElements = 32768;
+
+const char* at(const void* base, DType dtype, int64_t element) {
+  return static_cast<const char*>(base) + element * element_size(dtype);
+}
+char* at(void* base, DType dtype, int64_t element) {
+  return static_cast<char*>(base) + element * element_size(dtype);
+}
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The chunks of one stage: `per_group` for each group, one after another.
+struct Chunks {
+  int64_t first;  // number of the stage's first chunk among all stages'
+  int64_t per_group;
+  int64_t group_size;
+  int64_t size;  // positions per chunk, whole tiles
+  int64_t tile;  // positions per tile
+
+  // walked: how many features' elements a position stands for.
+  Chunks(DType dtype, const StageShape& shape, int64_t walked, int64_t first) : first(first) {
+    group_size = shape.numel / shape.groups;
+    tile = kRowBytes / element_size(dtype);
+    size = std::max<int64_t>(kChunkElements / (tile * std::max<int64_t>(walked, 1)), 1) * tile;
+    per_group = (group_size + size - 1) / size;
+  }
+
+  Range positions(int64_t group, int64_t chunk) const {
+    const int64_t begin = group * group_size;
+    return {begin + chunk * size, begin + std::min((chunk + 1) * size, group_size)};
+  }
+};
+
+// One stage's share of a call.
+struct Job {
+  StageView stage;
+  int64_t walked;
+  Chunks chunks;
+  double* stats = nullptr;  // forward: null when only signs are wanted from this job
+  uint8_t* signs = nullptr;
+  double* partial = nullptr;  // forward: a row of rows() sums per chunk, where a group has several chunks
+  const uint8_t* planes = nullptr;
+  const double* coef = nullptr;
+
+  int64_t num_chunks() const { return chunks.per_group * stage.shape.groups; }
+  int64_t rows() const { return num_first(stage.shape) + num_second(stage.shape); }
+};
+
+// Runs body(job, group, chunk) for all chunks of all jobs in one parallel loop.
+template <typename F>
+void for_each_chunk(const std::vector<Job>& jobs, ParallelFor parallel_for, const F& body) {
+  int64_t count = 0, elements = 0;
+  for (const Job& job : jobs) {
+    count += job.num_chunks();
+    elements += job.walked * job.stage.shape.numel;
+  }
+  // Small groups make small chunks: a thread takes at least about kChunkElements' worth of them.
+  const int64_t grain = std::max<int64_t>(1, count * kChunkElements / std::max<int64_t>(elements, 1));
+  parallel_call(parallel_for, count, grain, [&](int64_t begin, int64_t end) {
+    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
+                                [](int64_t number, const Job& j) { return number < j.chunks.first; }) -
+               1;
+    for (int64_t number = begin; number < end; ++number) {
+      while (number >= job->chunks.first + job->num_chunks()) ++job;
+      const int64_t local = number - job->chunks.first;
+      body(*job, local / job->chunks.per_group, local % job->chunks.per_group);
+    }
+  });
+}
+
+void forward_chunk(const Job& job, ForwardRow row_kernel, int64_t group, int64_t chunk) {
+  const StageShape& shape = job.stage.shape;
+  const void* const* x = job.stage.features;
+  const DType dtype = job.stage.dtype;
+  const int64_t firsts = num_first(shape), seconds = num_second(shape);
+  const bool direct = job.chunks.per_group == 1 && job.stats != nullptr;
+  double* sums =
+      direct ? job.stats + group : job.partial + (group * job.chunks.per_group + chunk) * job.rows();
+  const int64_t stride = direct ? shape.groups : 1;
+  for (int64_t row = 0; row < job.rows(); ++row) sums[row * stride] = 0.0;
+
+  const Range range = job.chunks.positions(group, chunk);
+  for (int64_t i = range.begin; i < range.end; i += job.chunks.tile) {
+    const int64_t count = std::min(job.chunks.tile, range.end - i);
+    for (int64_t l = 0; l < firsts; ++l) {
+      const bool second = l < seconds;
+      const void* ahead = l + 3 < shape.length ? at(x[l + 3], dtype, i) : nullptr;
+      uint8_t* signs = job.signs == nullptr ? nullptr : job.signs + l * plane_bytes(shape.numel) + i / 2;
+      double row_sums[2] = {0.0, 0.0};
+      row_kernel(at(x[l], dtype, i), at(x[l + 1], dtype, i), second ? at(x[l + 2], dtype, i) : nullptr, count,
+                 signs, ahead, row_sums);
+      sums[l * stride] += row_sums[0];
+      if (second) sums[(firsts + l) * stride] += row_sums[1];
+    }
+  }
+}
+
+// Adds the chunks' sums to the stage's statistics, in the order of the chunks.
+void combine(const Job& job) {
+  const int64_t groups = job.stage.shape.groups, rows = job.rows();
+  std::fill(job.stats, job.stats + rows * groups, 0.0);
+  const double* partial = job.partial;
+  for (int64_t group = 0; group < groups; ++group)
+    for (int64_t chunk = 0; chunk < job.chunks.per_group; ++chunk, partial += rows)
+      for (int64_t row = 0; row < rows; ++row) job.stats[row * groups + group] += partial[row];
+}
+
+// Copies past the caches. `to` is 64-byte aligned where the caller asked for it.
+void stream_copy(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+  auto* out = static_cast<__m128i*>(to);
+  const auto* in = static_cast<const __m128i*>(from);
+  const int64_t vectors = bytes / 64 * 4;
+  for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(out + i, _mm_load_si128(in + i));
+  memcpy(out + vectors, in + vectors, static_cast<size_t>(bytes % 64));
+#else
+  memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+int64_t last_level_cache_bytes() {
+  int64_t bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : int64_t{32} << 20;
+}
+
+struct BackwardOptions {
+  bool squared;
+  bool accumulate;
+  bool stream;
+};
+
+// The gradient of feature l at positions [i, i + count) of one group.
+void backward_tile(const Job& job, const RowKernels& rows, const BackwardOptions& options,
+                   const GradientCoef& coef, int64_t l, int64_t i, int64_t count, void* grad) {
+  const StageShape& shape = job.stage.shape;
+  const DType dtype = job.stage.dtype;
+  const int type = static_cast<int>(dtype);
+  if (options.squared) {
+    const void* x[5];
+    for (int k = 0; k < 5; ++k) {
+      const int64_t feature = l + k - 2;
+      x[k] = feature < 0 || feature >= shape.length ? nullptr : at(job.stage.features[feature], dtype, i);
+    }
+    rows.backward_squared[type][options.accumulate](x, coef, count, grad, nullptr);
+    return;
+  }
+  const auto plane =
+      [&](int64_t p) {  // any readable plane will do where there is none: its coefficients are zero
+        return job.planes + std::clamp<int64_t>(p, 0, num_first(shape) - 1) * plane_bytes(shape.numel) +
+               i / 2;
+      };
+  rows.backward_signs[type][options.accumulate](plane(l - 2), plane(l - 1), plane(l), coef, count, grad);
+}
+
+// Positions [i, i + count) of one group's gradient of feature l.
+void backward_positions(const Job& job, const RowKernels& rows, const BackwardOptions& options,
+                        const GradientCoef& coef, int64_t l, int64_t i, int64_t count, void* grad_base) {
+  const DType dtype = job.stage.dtype;
+  const int64_t size = element_size(dtype);
+  alignas(64) char buffer[kRowBytes];
+  char* grad = at(grad_base, dtype, i);
+  if (job.stage.shape.length < 2) {  // no term: the gradient is zero
+    if (!options.accumulate) memset(grad, 0, static_cast<size_t>(count * size));
+    return;
+  }
+  if (!options.squared && i % 2 != 0) {
+    // A group that starts inside a byte: its first element by way of the pair that the byte holds.
+    memcpy(buffer + size, grad, static_cast<size_t>(size));
+    backward_tile(job, rows, options, coef, l, i - 1, 2, buffer);
+    memcpy(grad, buffer + size, static_cast<size_t>(size));
+    if (count > 1) backward_positions(job, rows, options, coef, l, i + 1, count - 1, grad_base);
+    return;
+  }
+  if (options.stream && reinterpret_cast<uintptr_t>(grad) % 64 == 0) {
+    backward_tile(job, rows, options, coef, l, i, count, buffer);
+    stream_copy(grad, buffer, count * size);
+  } else {
+    backward_tile(job, rows, options, coef, l, i, count, grad);
+  }
+}
+
+void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOptions& options, int64_t group,
+                    int64_t chunk) {
+  const StageShape& shape = job.stage.shape;
+  const Range range = job.chunks.positions(group, chunk);
+  for (int64_t i = range.begin; i < range.end; i += job.chunks.tile) {
+    const int64_t count = std::min(job.chunks.tile, range.end - i);
+    for (int64_t l = 0; l < shape.length; ++l) {
+      if (job.stage.grads[l] == nullptr) continue;
+      const GradientCoef coef = gradient_coef(job.coef, shape, group, l);
+      backward_positions(job, rows, options, coef, l, i, count, job.stage.grads[l]);
+    }
+  }
+  if (options.stream) stream_fence();
+}
+
+Job make_job(const StageView& stage, int64_t walked, int64_t first_chunk) {
+  return Job{stage, walked, Chunks(stage.dtype, stage.shape, walked, first_chunk)};
+}
+
+}  // namespace
+
+void flow_forward(const StageView* stages, int64_t num_stages, bool squared, double* stats, uint8_t* signs,
+                  ParallelFor parallel_for) {
+  std::vector<Job> jobs;
+  int64_t first_chunk = 0, num_partial = 0;
+  const auto add_job = [&](const StageView& stage, double* job_stats, uint8_t* job_signs) {
+    Job job = make_job(stage, stage.shape.length, first_chunk);
+    job.stats = job_stats;
+    job.signs = job_signs;
+    first_chunk += job.num_chunks();
+    num_partial += job.num_chunks() * job.rows();
+    jobs.push_back(job);
+  };
+  for (int64_t s = 0; s < num_stages; ++s) {
+    const StageView& stage = stages[s];
+    const bool halves_a_byte = stage.shape.groups > 1 && stage.shape.numel / stage.shape.groups % 2 != 0;
+    if (signs != nullptr && halves_a_byte) {
+      // Two groups, so two threads, would write one byte: the signs get a pass of their own, as one group.
+      add_job(stage, stats, nullptr);
+      StageView whole = stage;
+      whole.shape.groups = 1;
+      add_job(whole, nullptr, signs);
+    } else {
+      add_job(stage, stats, signs);
+    }
+    stats += stats_entries(stage.shape);
+    if (signs != nullptr) signs += sign_bytes(stage.shape);
+  }
+  std::vector<double> partial(static_cast<size_t>(num_partial));
+  double* next = partial.data();
+  for (Job& job : jobs) {
+    job.partial = next;
+    next += job.num_chunks() * job.rows();
+  }
+
+  const RowKernels& rows = row_kernels();
+  for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
+    const int type = static_cast<int>(job.stage.dtype);
+    const ForwardRow row_kernel = squared                ? rows.forward_squared[type]
+                                  : job.signs != nullptr ? rows.forward_signs[type]
+                                                         : rows.forward_abs[type];
+    forward_chunk(job, row_kernel, group, chunk);
+  });
+  for (const Job& job : jobs)
+    if (job.stats != nullptr && job.chunks.per_group != 1) combine(job);
+}
+
+void flow_backward(const StageView* stages, int64_t num_stages, bool squared, const uint8_t* signs,
+                   const double* coef, ParallelFor parallel_for) {
+  std::vector<Job> jobs;
+  int64_t first_chunk = 0, grad_bytes = 0;
+  for (int64_t s = 0; s < num_stages; ++s) {
+    const StageView& stage = stages[s];
+    Job job = make_job(stage, stage.shape.length, first_chunk);
+    job.planes = signs;
+    job.coef = coef;
+    first_chunk += job.num_chunks();
+    jobs.push_back(job);
+    for (int64_t l = 0; l < stage.shape.length; ++l)
+      grad_bytes += stage.grads[l] == nullptr ? 0 : stage.shape.numel * element_size(stage.dtype);
+    coef += stats_entries(stage.shape);
+    if (!squared) signs += sign_bytes(stage.shape);
+  }
+  const BackwardOptions options{squared, false, grad_bytes > last_level_cache_bytes()};
+  const RowKernels& rows = row_kernels();
+  for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
+    backward_chunk(job, rows, options, group, chunk);
+  });
+}
+
+void flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs, const double* coef,
+                      int64_t index, void* grad, bool accumulate, ParallelFor parallel_for) {
+  Job job = make_job(stage, 1, 0);
+  job.planes = signs;
+  job.coef = coef;
+  const BackwardOptions options{squared, accumulate, false};
+  const RowKernels& rows = row_kernels();
+  for_each_chunk({job}, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
+    const Range range = job.chunks.positions(group, chunk);
+    const GradientCoef k = gradient_coef(job.coef, job.stage.shape, group, index);
+    for (int64_t i = range.begin; i < range.end; i += job.chunks.tile)
+      backward_positions(job, rows, options, k, index, i, std::min(job.chunks.tile, range.end - i), grad);
+  });
+}
+
+}  // namespace ffr

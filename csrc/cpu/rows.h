@@ -1,0 +1,54 @@
+// Row kernels: the innermost loops of the flow loss, over one tile (kRowBytes of one feature) each. Compiled
+// once per instruction set (rows_default.cpp, rows_avx2.cpp, rows_avx512.cpp) from the one text in
+// rows_impl.h; every instruction set gives bit-identical results, because the order of additions is fixed.
+#pragma once
+
+#include <stdint.h>
+
+#include "../common/dtype.h"
+#include "../common/flow_math.h"
+#include "isa.h"
+
+namespace ffr {
+
+// A tile of one feature. Three tiles of consecutive features (five in the squared backward) fill the same
+// sets of a 32 KiB 8-way L1 cache, so a tile may not be larger than one way: 4 KiB.
+constexpr int64_t kRowBytes = 4096;
+// Elements handled per step; rows start on multiples of it within a group, and only a group's last row may
+// end off it.
+constexpr int64_t kBlockBytes = 128;
+
+// d = x1 - x0 and c = (x2 - x1) - d, `count` elements: adds sum phi(d) to sums[0] and sum phi(c) to sums[1].
+// x2 may be null: no c. `signs`: where the codes of d and c go (signs kernel only). `ahead`: address to
+// prefetch while walking (the same elements of the feature that is needed next), or null.
+using ForwardRow = void (*)(const void* x0, const void* x1, const void* x2, int64_t count, uint8_t* signs,
+                            const void* ahead, double* sums);
+
+// grad = the gradient of feature l from the planes of l-2, l-1 and l. Coefficients of planes that do not
+// exist are zero; the pointers must be readable all the same.
+using BackwardSignsRow = void (*)(const uint8_t* plane_prev2, const uint8_t* plane_prev, const uint8_t* plane,
+                                  const GradientCoef& coef, int64_t count, void* grad);
+
+// grad = the gradient of feature l for sums of squares; x = features l-2 .. l+2, null where there is none.
+using BackwardSquaredRow = void (*)(const void* const x[5], const GradientCoef& coef, int64_t count,
+                                    void* grad, const void* ahead);
+
+// Indexed by DType; the second index of the backward kernels is 1 for "add to what is there".
+struct RowKernels {
+  ForwardRow forward_abs[kNumDTypes];
+  ForwardRow forward_signs[kNumDTypes];
+  ForwardRow forward_squared[kNumDTypes];
+  BackwardSignsRow backward_signs[kNumDTypes][2];
+  BackwardSquaredRow backward_squared[kNumDTypes][2];
+};
+
+const RowKernels& default_rows();
+#if defined(__x86_64__)
+const RowKernels& avx2_rows();
+const RowKernels& avx512_rows();
+#endif
+
+// The kernels of cpu_isa().
+const RowKernels& row_kernels();
+
+}  // namespace ffr

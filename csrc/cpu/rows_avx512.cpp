@@ -1,0 +1,125 @@
+// Row kernels for AVX-512 F + BW + VL + DQ (x86-64-v4): Intel servers since Skylake-X (2017), AMD since
+// Zen 4.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "rows.h"
+
+#define FFR_INLINE inline __attribute__((always_inline))
+
+// After the includes: what the standard headers define inline must stay runnable everywhere, since the linker
+// keeps one copy of it for the whole library.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c"))), \
+                             apply_to = function)
+#else
+// GCC 12 warns of its own _mm512_undefined_ps() (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,f16c,prefer-vector-width=512")
+#endif
+
+namespace ffr {
+namespace {
+
+constexpr int kVectorBytes = 64;
+
+#include "block.inc"
+#include "block_portable.inc"
+
+FFR_INLINE Block<float> load(const Float16* p) {
+  Block<float> r;
+  for (int i = 0; i < 2; ++i)
+    r.v[i] = (Block<float>::Vector)_mm512_cvtph_ps(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i)));
+  return r;
+}
+
+FFR_INLINE void store(Float16* p, const Block<float>& a) {
+  for (int i = 0; i < 2; ++i)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i),
+                        _mm512_cvtps_ph((__m512)a.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+template <int kPredicate>
+FFR_INLINE __mmask32 compare_zero(const Block<float>& a) {
+  const __m512 zero = _mm512_setzero_ps();
+  return _mm512_kunpackw(_mm512_cmp_ps_mask((__m512)a.v[1], zero, kPredicate),
+                         _mm512_cmp_ps_mask((__m512)a.v[0], zero, kPredicate));
+}
+
+FFR_INLINE void pack_signs(const Block<float>& d, const Block<float>& c, uint8_t* out) {
+  __m256i codes = _mm256_maskz_mov_epi8(compare_zero<_CMP_GT_OQ>(d), _mm256_set1_epi8(1));
+  codes = _mm256_mask_add_epi8(codes, compare_zero<_CMP_LT_OQ>(d), codes, _mm256_set1_epi8(2));
+  codes = _mm256_mask_add_epi8(codes, compare_zero<_CMP_GT_OQ>(c), codes, _mm256_set1_epi8(4));
+  codes = _mm256_mask_add_epi8(codes, compare_zero<_CMP_LT_OQ>(c), codes, _mm256_set1_epi8(8));
+  // Neighbouring codes to one byte: low + 16 * high.
+  const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtepi16_epi8(pairs));
+}
+
+// vpermps looks up one of 16 floats by the low four bits of each 32-bit index: a nibble holds two sign codes,
+// so one lookup gives the sum of two products.
+template <>
+struct SignLookup<float> {
+  __m512 first, second, third;  // by (s_prev, s), by (t_prev2, t_prev), by (any, t)
+
+  FFR_INLINE static __m512 times(double coef, const __m512& signs) {
+    return _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(coef)), signs);
+  }
+
+  FFR_INLINE explicit SignLookup(const GradientCoef& k) {
+    const __m512 low = _mm512_setr_ps(0, 1, -1, 0, 0, 1, -1, 0, 0, 1, -1, 0, 0, 1, -1, 0);
+    const __m512 high = _mm512_setr_ps(0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1, -1, 0, 0, 0, 0);
+    first = _mm512_sub_ps(times(k.a_prev, low), times(k.a, high));
+    second = _mm512_sub_ps(times(k.e_prev2, low), times(2.0 * k.e_prev, high));
+    third = times(k.e, high);
+  }
+
+  // The 16 nibbles of 8 bytes as the low bits of 16 indices; vpermps ignores the higher bits.
+  FFR_INLINE static __m512i indices(uint64_t nibbles) {
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i low = _mm512_set1_epi32(static_cast<int32_t>(nibbles));
+    return _mm512_srlv_epi32(_mm512_mask_set1_epi32(low, 0xff00, static_cast<int32_t>(nibbles >> 32)), shift);
+  }
+
+  FFR_INLINE Block<float> gradient(const uint8_t* plane_prev2, const uint8_t* plane_prev,
+                                   const uint8_t* plane) const {
+    Block<float> r;
+    for (int i = 0; i < 2; ++i) {
+      uint64_t prev2, prev, current;
+      memcpy(&prev2, plane_prev2 + 8 * i, 8);
+      memcpy(&prev, plane_prev + 8 * i, 8);
+      memcpy(&current, plane + 8 * i, 8);
+      constexpr uint64_t kLow = 0x3333333333333333u;
+      const uint64_t s_pairs = (prev & kLow) | ((current & kLow) << 2);
+      const uint64_t t_pairs = ((prev2 >> 2) & kLow) | (prev & ~kLow);
+      const __m512 sum = _mm512_add_ps(_mm512_permutexvar_ps(indices(t_pairs), second),
+                                       _mm512_permutexvar_ps(indices(current), third));
+      r.v[i] = (Block<float>::Vector)_mm512_add_ps(_mm512_permutexvar_ps(indices(s_pairs), first), sum);
+    }
+    return r;
+  }
+};
+
+#include "rows_impl.inc"
+
+}  // namespace
+
+const RowKernels& avx512_rows() {
+  static const RowKernels kernels = make_rows();
+  return kernels;
+}
+
+}  // namespace ffr
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
