@@ -55,7 +55,7 @@ FFR_INLINE __m256i compare_zero(const Block<float>& a) {
                         _mm256_castps_si256(_mm256_cmp_ps((__m256)a.v[3], zero, kPredicate)));
 }
 
-FFR_INLINE __m256i bit_where(const __m256i mask, int bit) {
+FFR_INLINE __m256i bit_where(const __m256i mask, char bit) {
   return _mm256_and_si256(mask, _mm256_set1_epi8(bit));
 }
 

@@ -1,0 +1,240 @@
+#include "filters.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace ffr {
+namespace {
+
+// Work per chunk: enough to make a thread's start-up negligible, little enough to share one layer among
+// threads.
+constexpr int64_t kChunkElements = 32768;
+constexpr int64_t kChunkBytes = 131072;
+
+// A parallel loop over the chunks of a list of tensors: first[i] is the number of tensor i's first chunk.
+template <typename F>
+void for_each_chunk(const std::vector<int64_t>& first, int64_t grain, ParallelFor parallel_for,
+                    const F& body) {
+  parallel_call(parallel_for, first.back(), grain, [&](int64_t begin, int64_t end) {
+    auto tensor = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (chunk >= first[static_cast<size_t>(tensor) + 1]) ++tensor;
+      body(tensor, chunk - first[static_cast<size_t>(tensor)]);
+    }
+  });
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class Norm { kL1, kL2, kInf };
+
+// One element more in a sum of |x| or x^2 or in a maximum of |x|. A NaN compares false with everything, so
+// the maximum takes it in by the second test and keeps it by failing the first.
+template <Norm kNorm>
+inline double add_element(double sum, double x) {
+  if (kNorm == Norm::kL1) return sum + fabs(x);
+  if (kNorm == Norm::kL2) return sum + x * x;
+  const double magnitude = fabs(x);
+  return (magnitude > sum) | (magnitude != magnitude) ? magnitude : sum;
+}
+
+template <Norm kNorm>
+inline double add_sums(double a, double b) {
+  return kNorm == Norm::kInf ? add_element<kNorm>(a, b) : a + b;
+}
+
+// Elements that lie side by side: eight lanes, as one chain of additions would wait four cycles for each.
+template <Norm kNorm, typename T>
+double reduce_run(const T* x, int64_t count) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane)
+      lanes[lane] = add_element<kNorm>(lanes[lane], to_compute(x[i + lane]));
+  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] = add_element<kNorm>(lanes[lane], to_compute(x[i]));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = add_sums<kNorm>(lanes[lane], lanes[lane + width]);
+  return lanes[0];
+}
+
+// Filters whose elements lie in many short runs (dim 1, or channels_last): a column of sums for each place in
+// a run is kept, and the runs of neighbouring filters are added to the columns as one long run.
+constexpr int64_t kColumns = 1024;  // 8 KiB of sums: a quarter of the L1 cache
+
+bool by_columns(const DimSplit& split) { return split.outer > 1 && split.inner <= kColumns / 8; }
+
+int64_t filters_per_chunk(const DimSplit& split) {
+  const int64_t wanted = kChunkElements / std::max<int64_t>(split.outer * split.inner, 1);
+  if (!by_columns(split)) return std::max<int64_t>(wanted, 1);
+  // At least 128 elements side by side, so that a chunk does not share most of its cache lines with the next.
+  const int64_t inner = std::max<int64_t>(split.inner, 1);
+  return std::clamp(wanted, ceil_div(128, inner), kColumns / inner);
+}
+
+template <Norm kNorm, typename T>
+void norms_of_chunk(const T* x, const DimSplit& split, int64_t begin, int64_t end, double* norms) {
+  std::fill(norms + begin, norms + end, 0.0);
+  if (by_columns(split)) {
+    double columns[kColumns] = {};
+    const int64_t count = (end - begin) * split.inner;
+    for (int64_t outer = 0; outer < split.outer; ++outer) {
+      const T* run = x + (outer * split.dim + begin) * split.inner;
+      for (int64_t i = 0; i < count; ++i) columns[i] = add_element<kNorm>(columns[i], to_compute(run[i]));
+    }
+    for (int64_t i = 0; i < count; ++i)
+      norms[begin + i / split.inner] = add_sums<kNorm>(norms[begin + i / split.inner], columns[i]);
+  } else {
+    for (int64_t outer = 0; outer < split.outer; ++outer)
+      for (int64_t filter = begin; filter < end; ++filter)
+        norms[filter] = add_sums<kNorm>(
+            norms[filter], reduce_run<kNorm>(x + (outer * split.dim + filter) * split.inner, split.inner));
+  }
+  if (kNorm == Norm::kL2)
+    for (int64_t filter = begin; filter < end; ++filter) norms[filter] = sqrt(norms[filter]);
+}
+
+template <Norm kNorm>
+void norms_of_chunk(const NormTensor& tensor, int64_t begin, int64_t end, double* norms) {
+  switch (tensor.dtype) {
+    case DType::kFloat16:
+      return norms_of_chunk<kNorm>(static_cast<const Float16*>(tensor.data), tensor.split, begin, end, norms);
+    case DType::kBFloat16:
+      return norms_of_chunk<kNorm>(static_cast<const BFloat16*>(tensor.data), tensor.split, begin, end,
+                                   norms);
+    case DType::kFloat32:
+      return norms_of_chunk<kNorm>(static_cast<const float*>(tensor.data), tensor.split, begin, end, norms);
+    case DType::kFloat64:
+      return norms_of_chunk<kNorm>(static_cast<const double*>(tensor.data), tensor.split, begin, end, norms);
+  }
+}
+
+// Copies `rows` slices of a fixed small size by index; the compiler turns each copy into one load and one
+// store.
+template <int kBytes>
+void gather_fixed(const char* source, const int64_t* keep, int64_t rows, char* target) {
+  for (int64_t k = 0; k < rows; ++k) memcpy(target + k * kBytes, source + keep[k] * kBytes, kBytes);
+}
+
+void gather(const char* source, const int64_t* keep, int64_t rows, int64_t bytes, char* target) {
+  switch (bytes) {
+    case 1:
+      return gather_fixed<1>(source, keep, rows, target);
+    case 2:
+      return gather_fixed<2>(source, keep, rows, target);
+    case 4:
+      return gather_fixed<4>(source, keep, rows, target);
+    case 8:
+      return gather_fixed<8>(source, keep, rows, target);
+    case 16:
+      return gather_fixed<16>(source, keep, rows, target);
+    case 18:  // 3x3 of half
+      return gather_fixed<18>(source, keep, rows, target);
+    case 36:  // 3x3 of fp32
+      return gather_fixed<36>(source, keep, rows, target);
+  }
+  // Indices that follow each other are one copy.
+  for (int64_t k = 0; k < rows;) {
+    int64_t run = 1;
+    while (k + run < rows && keep[k + run] == keep[k] + run) ++run;
+    memcpy(target + k * bytes, source + keep[k] * bytes, static_cast<size_t>(run * bytes));
+    k += run;
+  }
+}
+
+}  // namespace
+
+bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, int64_t dim, DimSplit* split) {
+  int64_t numel = 1;
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < rank; ++i) {
+    numel *= sizes[i];
+    if (sizes[i] != 1) order.push_back(i);  // the stride of a dimension of one element means nothing
+  }
+  if (numel == 0 || sizes[dim] == 1) {
+    int64_t others = 1;
+    for (int64_t i = 0; i < rank; ++i) others *= i == dim ? 1 : sizes[i];
+    *split = {1, sizes[dim], others};
+    if (numel == 0) return true;
+  }
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const int64_t i : order) {
+    if (strides[i] != expected) return false;
+    if (i == dim) *split = {numel / (expected * sizes[i]), sizes[i], expected};
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+bool same_order(const int64_t* sizes_a, const int64_t* strides_a, const int64_t* sizes_b,
+                const int64_t* strides_b, int64_t rank) {
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t j = 0; j < i; ++j) {
+      const bool ordered = sizes_a[i] > 1 && sizes_a[j] > 1 && sizes_b[i] > 1 && sizes_b[j] > 1;
+      if (ordered && (strides_a[i] < strides_a[j]) != (strides_b[i] < strides_b[j])) return false;
+    }
+  return true;
+}
+
+void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
+                  ParallelFor parallel_for) {
+  std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);
+  std::vector<double*> outputs(static_cast<size_t>(num_tensors));
+  int64_t elements = 0;
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    const DimSplit& split = tensors[i].split;
+    first[static_cast<size_t>(i) + 1] =
+        first[static_cast<size_t>(i)] + ceil_div(split.dim, filters_per_chunk(split));
+    outputs[static_cast<size_t>(i)] = norms;
+    norms += split.dim;
+    elements += split.outer * split.dim * split.inner;
+  }
+  const int64_t grain = std::max<int64_t>(1, first.back() * kChunkElements / std::max<int64_t>(elements, 1));
+  for_each_chunk(first, grain, parallel_for, [&](int64_t number, int64_t chunk) {
+    const NormTensor& tensor = tensors[number];
+    double* output = outputs[static_cast<size_t>(number)];
+    const int64_t size = filters_per_chunk(tensor.split), begin = chunk * size;
+    const int64_t end = std::min(begin + size, tensor.split.dim);
+    if (p == 1.0)
+      norms_of_chunk<Norm::kL1>(tensor, begin, end, output);
+    else if (p == 2.0)
+      norms_of_chunk<Norm::kL2>(tensor, begin, end, output);
+    else
+      norms_of_chunk<Norm::kInf>(tensor, begin, end, output);
+  });
+}
+
+void compact_filters(const GatherTensor* tensors, int64_t num_tensors, ParallelFor parallel_for) {
+  // A chunk is a range of slices [outer][kept] of one target.
+  const auto slice_bytes = [](const GatherTensor& t) { return t.split.inner * t.element_size; };
+  const auto slices_per_chunk = [&](const GatherTensor& t) {
+    return std::max<int64_t>(kChunkBytes / std::max<int64_t>(slice_bytes(t), 1), 1);
+  };
+  std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < num_tensors; ++i) {
+    const GatherTensor& t = tensors[i];
+    const int64_t slices = slice_bytes(t) == 0 ? 0 : t.split.outer * t.num_keep;
+    first[static_cast<size_t>(i) + 1] = first[static_cast<size_t>(i)] + ceil_div(slices, slices_per_chunk(t));
+    bytes += slices * slice_bytes(t);
+  }
+  const int64_t grain = std::max<int64_t>(1, first.back() * kChunkBytes / std::max<int64_t>(bytes, 1));
+  for_each_chunk(first, grain, parallel_for, [&](int64_t number, int64_t chunk) {
+    const GatherTensor& t = tensors[number];
+    const int64_t size = slice_bytes(t), slices = t.split.outer * t.num_keep;
+    const int64_t end = std::min((chunk + 1) * slices_per_chunk(t), slices);
+    for (int64_t slice = chunk * slices_per_chunk(t); slice < end;) {
+      const int64_t outer = slice / t.num_keep, k = slice % t.num_keep;
+      const int64_t rows = std::min(t.num_keep - k, end - slice);
+      gather(static_cast<const char*>(t.source) + outer * t.split.dim * size, t.keep + k, rows, size,
+             static_cast<char*>(t.target) + slice * size);
+      slice += rows;
+    }
+  });
+}
+
+}  // namespace ffr
