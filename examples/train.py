@@ -1,0 +1,296 @@
+"""Train a small image classifier with feature flow regularization.
+
+    python examples/train.py                                        # ResNet-20 on scikit-learn's digits,
+    with FFR python examples/train.py --ffr-gradient 0 --ffr-curvature 0     # the same without
+    python examples/train.py --data cifar10 --data-dir ~/cifar-10-batches-py --model resnet56 --epochs 200
+
+Writes history.csv (one row an epoch), terms.csv (length and curvature per term and epoch), filters.csv
+(dead filters per layer at the end) and checkpoint.pt to the folder --out. `--resume` continues from the
+checkpoint and gives bit for bit the numbers of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from data import Images, batches, load
+from models import MODELS, build, flow_layers
+from sparsity_report import DEAD, report
+from torch import Tensor
+
+from ffr_ext import FeatureFlow
+from ffr_ext.backends import BACKENDS
+from ffr_ext.checks import NORMS
+
+
+@dataclass
+class Config:
+    """One training run. The defaults are the recipe of the demo."""
+
+    data: str = "digits"
+    data_dir: str = ""
+    model: str = "resnet20"
+    epochs: int = 120
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-3
+    ffr_gradient: float = 3.0
+    ffr_curvature: float = 3.0
+    norm: str = "l1"
+    backend: str = "auto"
+    seed: int = 0
+    threads: int = 0  # 0: what torch chooses
+
+    @property
+    def with_ffr(self) -> bool:
+        return self.ffr_gradient != 0 or self.ffr_curvature != 0
+
+
+@dataclass
+class Epoch:
+    """What an epoch left behind: one row of history.csv."""
+
+    epoch: int
+    lr: float
+    loss: float
+    penalty: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    dead_filters: int
+    filters: int
+    seconds: float
+
+
+class Run:
+    """A training run that can be interrupted after any epoch."""
+
+    def __init__(self, config: Config, images: Images | None = None) -> None:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.images = images or load(config.data, config.data_dir or None)
+        torch.manual_seed(config.seed)
+        self.model = build(config.model, self.images.classes, self.images.channels)
+        self.layers = flow_layers(self.model)
+        self.flow = FeatureFlow(
+            self.model,
+            self.layers,
+            gradient=config.ffr_gradient,
+            curvature=config.ffr_curvature,
+            norm=config.norm,
+            backend=config.backend,
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+        steps = -(-len(self.images.train_x) // config.batch_size)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, config.lr, total_steps=steps * config.epochs
+        )
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.history: list[Epoch] = []
+        self.terms: list[dict[str, Any]] = []
+
+    def epoch(self) -> Epoch:
+        """Train for one epoch, then measure on the test images."""
+        start = time.perf_counter()
+        sums = torch.zeros(3)  # loss, penalty, correct answers; added up on the device, read once
+        self.model.train()
+        images = self.images
+        with self.flow if self.config.with_ffr else nullcontext():
+            for x, y in batches(
+                images.train_x, images.train_y, self.config.batch_size, self.generator, images.augment
+            ):
+                logits = self.model(x)
+                task = F.cross_entropy(logits, y)
+                penalty = self.flow.loss() if self.config.with_ffr else task.new_zeros(())
+                self.optimizer.zero_grad(set_to_none=True)
+                (task + penalty).backward()
+                self.optimizer.step()
+                self.scheduler.step()
+                correct = (logits.detach().argmax(1) == y).sum()
+                sums += torch.stack([task.detach() * len(y), penalty.detach() * len(y), correct])
+        loss, penalty_mean, accuracy = (sums / len(images.train_x)).tolist()
+        test_loss, test_accuracy, terms = self.test()
+        filters = report(self.model, images.test_x)
+        number = len(self.history) + 1
+        self.terms += [{"epoch": number, **row} for row in terms]
+        self.history.append(
+            Epoch(
+                epoch=number,
+                lr=self.scheduler.get_last_lr()[0],
+                loss=loss,
+                penalty=penalty_mean,
+                train_accuracy=accuracy,
+                test_loss=test_loss,
+                test_accuracy=test_accuracy,
+                dead_filters=sum(layer.dead for layer in filters),
+                filters=sum(layer.filters for layer in filters),
+                seconds=time.perf_counter() - start,
+            )
+        )
+        return self.history[-1]
+
+    @torch.no_grad()
+    def test(self) -> tuple[float, float, list[dict[str, Any]]]:
+        """Loss and accuracy on the test images, and the mean length and curvature of their flow, term by
+        term."""
+        self.model.eval()
+        loss = correct = 0.0
+        gradient, curvature = torch.zeros(()), torch.zeros(())
+        options = {"norm": self.config.norm, "backend": self.config.backend}
+        measure = FeatureFlow(self.model, self.layers, capture_eval=True, **options)
+        count = len(self.images.test_x)
+        with measure:
+            for x, y in batches(self.images.test_x, self.images.test_y, 500):
+                logits = self.model(x)
+                terms = measure.terms()
+                gradient = gradient + terms.gradient * len(y)
+                curvature = curvature + terms.curvature * len(y)
+                loss += float(F.cross_entropy(logits, y, reduction="sum"))
+                correct += float((logits.argmax(1) == y).sum())
+        rows = [
+            {"kind": kind, "term": index, "value": value / count}
+            for kind, values in (("length", gradient), ("curvature", curvature))
+            for index, value in enumerate(values.tolist())
+        ]
+        return loss / count, correct / count, rows
+
+    def train(
+        self, after_epoch: Callable[[Epoch], None] = lambda epoch: None, until: int | None = None
+    ) -> None:
+        """Train up to the configured number of epochs, or only to ``until``."""
+        while len(self.history) < min(until or self.config.epochs, self.config.epochs):
+            after_epoch(self.epoch())
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next epoch depends on."""
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not callable(v)},
+            "generator": self.generator.get_state(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "terms": self.terms,
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(path)  # an interrupted save leaves the last checkpoint whole
+
+    @classmethod
+    def resume(cls, path: Path, images: Images | None = None) -> Run:
+        """Continue a run; ValueError if the file is no checkpoint of this script."""
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"resume: {path} is not there; expected a checkpoint.pt written by this script"
+            )
+        try:
+            state = torch.load(path, weights_only=True)
+            run = cls(Config(**state["config"]), images)
+        except (KeyError, TypeError, RuntimeError, OSError) as error:
+            raise ValueError(
+                f"resume: {path} is not a checkpoint written by this script: {error!r}"
+            ) from error
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.generator.set_state(state["generator"])
+        run.history = [Epoch(**row) for row in state["history"]]
+        run.terms = state["terms"]
+        return run
+
+    def write_logs(self, folder: Path) -> None:
+        """history.csv, terms.csv and filters.csv."""
+        write_csv(folder / "history.csv", [asdict(epoch) for epoch in self.history])
+        write_csv(folder / "terms.csv", self.terms)
+        layers = report(self.model, self.images.test_x)
+        write_csv(folder / "filters.csv", [asdict(layer) for layer in layers])
+
+    def image(self) -> Tensor:
+        return self.images.test_x[:1]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line: one option for each field of Config."""
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = {
+        "data": ["digits", "cifar10", "cifar100"],
+        "model": list(MODELS),
+        "norm": list(NORMS),
+        "backend": ["auto", *BACKENDS],
+    }
+    for field in fields(Config):
+        arguments.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            choices=choices.get(field.name),
+            help=f"default {field.default!r}",
+        )
+    arguments.add_argument(
+        "--out", type=Path, default=Path("runs/train"), help="folder of the logs and the checkpoint"
+    )
+    arguments.add_argument("--checkpoint-every", type=int, default=10, metavar="EPOCHS")
+    arguments.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> Run:
+    arguments = parser().parse_args(argv)
+    config = Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
+    checkpoint = arguments.out / "checkpoint.pt"
+    try:
+        run = Run.resume(checkpoint) if arguments.resume else Run(config)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def after_epoch(epoch: Epoch) -> None:
+        print(
+            f"epoch {epoch.epoch:3d}/{run.config.epochs}  loss {epoch.loss:.4f}  penalty "
+            f"{epoch.penalty:.4f}  "
+            f"test accuracy {epoch.test_accuracy:.2%}  dead filters {epoch.dead_filters}/{epoch.filters}  "
+            f"{epoch.seconds:.1f} s",
+            flush=True,
+        )
+        if epoch.epoch % arguments.checkpoint_every == 0 or epoch.epoch == run.config.epochs:
+            run.save(checkpoint)
+
+    run.train(after_epoch)
+    run.write_logs(arguments.out)
+    dead = run.history[-1].dead_filters
+    print(
+        f"{dead} of {run.history[-1].filters} filters have an effective scale under {DEAD}; logs in "
+        f"{arguments.out}"
+    )
+    return run
+
+
+if __name__ == "__main__":
+    main()
