@@ -1,4 +1,6 @@
-"""``python -m ffr_ext COMMAND``. Every command is one function that adds its parser; what it needs is imported when it runs."""
+"""``python -m ffr_ext COMMAND``. Every command is one function that adds its parser; what it needs is
+imported when it runs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def _add_info(commands: Subparsers) -> None:
-    parser = commands.add_parser("info", help="versions, devices, and which backends work and why the others do not")
+    parser = commands.add_parser(
+        "info", help="versions, devices, and which backends work and why the others do not"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run_info)
 
@@ -34,7 +38,9 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ffr_ext", description="Feature flow regularization for PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ffr_ext", description="Feature flow regularization for PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"ffr_ext {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS:

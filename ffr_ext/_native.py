@@ -1,8 +1,8 @@
 """Loads the compiled module ``ffr_ext._C`` once, on first use, and keeps the reason if that is impossible.
 
-An install without the library is a supported way to run and stays quiet. A library that is there and cannot be
-loaded (torch replaced by an older one, a copy that broke off) must not take ``import ffr_ext`` down with it: one
-warning names the file and the loader's words, and the other backends serve.
+An install without the library is a supported way to run and stays quiet. A library that is there and cannot
+be loaded (torch replaced by an older one, a copy that broke off) must not take ``import ffr_ext`` down with
+it: one warning names the file and the loader's words, and the other backends serve.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _error: str | None = None
 def native() -> ModuleType | None:
     """The compiled module, or None. Loading it registers the native ops.
 
-    Tried once; the outcome is kept for the life of the process. If the library exists and cannot be loaded, the
-    first call gives exactly one :class:`NativeLibraryWarning`.
+    Tried once; the outcome is kept for the life of the process. If the library exists and cannot be loaded,
+    the first call gives exactly one :class:`NativeLibraryWarning`.
     """
     if not _tried:
         _load()
@@ -54,7 +54,9 @@ def native_error() -> str | None:
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote about this install: ``build``, ``native``, ``cuda``, ``notes``; empty if it wrote nothing."""
+    """What setup.py wrote about this install: ``build``, ``native``, ``cuda``, ``notes``; empty if it wrote
+    nothing.
+    """
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,7 +76,8 @@ def _load() -> None:
         else:
             try:
                 _refuse_truncated(Path(file))
-                # torch first: the library has no search path of its own and finds libtorch's symbols in the process.
+                # torch first: the library has no search path of its own and finds libtorch's symbols in the
+                # process.
                 importlib.import_module("torch")
                 _module = importlib.import_module(MODULE)
             except (ImportError, OSError) as error:
@@ -82,8 +85,8 @@ def _load() -> None:
         _tried = True
     if file is not None and _error is not None:
         warnings.warn(
-            f"{_error}. ffr_ext goes on without its native kernels; installing it again, so that it is built for the "
-            "Python and torch that are here now, is the usual cure. `python -m ffr_ext info` shows what is used instead.",
+            f"{_error}. ffr_ext goes on without its native kernels. The usual cure is to install it again, so that "
+            "it is built for this Python and this torch; `python -m ffr_ext info` shows what is used meanwhile.",
             NativeLibraryWarning,
             stacklevel=3,
         )
@@ -92,8 +95,9 @@ def _load() -> None:
 def _refuse_truncated(file: Path) -> None:
     """Raise ImportError if a 64-bit ELF file is shorter than its own header says.
 
-    The loader maps such a file without complaint and the process dies of SIGBUS while relocating it, so a copy that
-    broke off or a full disk would take the whole program down. The section headers are the last thing in the file.
+    The loader maps such a file without complaint and the process dies of SIGBUS while relocating it, so a
+    copy that broke off or a full disk would take the whole program down. The section headers are the last
+    thing in the file.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -111,9 +115,13 @@ def _refuse_truncated(file: Path) -> None:
 
 
 def _why_absent() -> str:
-    libraries = sorted(p.name for p in Path(__file__).parent.glob("_C*") if p.suffix in (".so", ".pyd", ".dylib"))
+    libraries = sorted(
+        p.name for p in Path(__file__).parent.glob("_C*") if p.suffix in (".so", ".pyd", ".dylib")
+    )
     if libraries:
         needed = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]
-        return f"the native library is built for another Python: there is {', '.join(libraries)}, not {needed}"
+        return (
+            f"the native library is built for another Python: there is {', '.join(libraries)}, not {needed}"
+        )
     notes = build_record().get("notes") or []
     return "installed without the native library" + (": " + "; ".join(notes) if notes else "")

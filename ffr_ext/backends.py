@@ -1,7 +1,7 @@
 """Which implementations of the ops work in this process, why the others do not, and which one a call gets.
 
-Nothing here runs at import: the native library is loaded by the first call that asks for it, Triton is looked up
-without being imported, and no device is touched before somebody brings a CUDA tensor or asks for a report.
+Nothing here runs at import: the native library is loaded by the first call that asks for it, Triton is looked
+up without being imported, and no device is touched before somebody brings a CUDA tensor or asks for a report.
 An explicit backend works or raises with the reason; only ``"auto"`` may fall back.
 """
 
@@ -44,11 +44,11 @@ class Status(NamedTuple):
 
 
 class BackendFallbackWarning(RuntimeWarning):
-    """``backend="auto"`` found no kernel for a CUDA tensor and computes in plain torch, which is correct but slow."""
+    """``backend="auto"`` found no kernel for a CUDA tensor and computes in plain torch: correct, but slow."""
 
 
 def available() -> dict[str, Status]:
-    """The state of every backend, best first. May load the native library and ask the driver for its devices."""
+    """The state of every backend, best first. Loads the native library and asks the driver for its devices."""
     return {name: _STATUS[name]() for name in BACKENDS}
 
 
@@ -58,11 +58,11 @@ _resolved: dict[tuple[str, str], str] = {}
 def resolve(backend: str, device_type: str) -> str:
     """The concrete backend for tensors on ``device_type`` (``tensor.device.type``).
 
-    ``"auto"``: on ``cuda`` the first of cuda, triton, reference that works; on ``cpu`` the first of cpu, reference;
-    elsewhere reference. The answer is kept, so that a second call costs one dictionary look-up.
+    ``"auto"``: on ``cuda`` the first of cuda, triton, reference that works; on ``cpu`` the first of cpu,
+    reference; elsewhere reference. The answer is kept, so that a second call costs one dictionary look-up.
 
-    Raises ValueError for an unknown name, or a backend that does not take tensors on that device; RuntimeError, with
-    the reason, for an explicit backend that does not work in this process.
+    Raises ValueError for an unknown name, or a backend that does not take tensors on that device;
+    RuntimeError, with the reason, for an explicit backend that does not work in this process.
     """
     name = _resolved.get((backend, device_type))
     if name is None:
@@ -71,8 +71,8 @@ def resolve(backend: str, device_type: str) -> str:
     return name
 
 
-# torch.compile takes the answer as a constant instead of tracing into library loading, which it cannot. This is what
-# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with ffr_ext.
+# torch.compile takes the answer as a constant instead of tracing into library loading, which it cannot. This
+# is what torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with ffr_ext.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -106,7 +106,7 @@ def _resolve_auto(device_type: str) -> str:
             return name
         reasons.append(f"{name}: {status.reason}")
     warnings.warn(
-        "no ffr_ext kernel serves the CUDA tensors of this process, so backend='reference' computes in plain torch. "
+        "no ffr_ext kernel serves the CUDA tensors of this process; backend='reference' computes in plain torch. "
         + "; ".join(reasons),
         BackendFallbackWarning,
         stacklevel=4,
@@ -123,9 +123,9 @@ def _devices_of(backend: str) -> tuple[str, ...] | None:
     return (backend,)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One function per backend that says whether it works
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _reference_status() -> Status:
@@ -144,14 +144,18 @@ def _cuda_status() -> Status:
     if missing:
         return Status(False, missing)
     if torch.version.hip:
-        return Status(False, f"torch {torch.__version__} is built for ROCm; the CUDA kernels need NVIDIA's CUDA")
+        return Status(
+            False, f"torch {torch.__version__} is built for ROCm; the CUDA kernels need NVIDIA's CUDA"
+        )
     module = native()
     if module is None:
         return Status(False, native_error() or "")
     info = module.build_info()
     if not info["cuda"]:
         notes = build_record().get("notes") or []
-        return Status(False, "the native library is built without CUDA kernels" + "".join(f"; {n}" for n in notes))
+        return Status(
+            False, "the native library is built without CUDA kernels" + "".join(f"; {n}" for n in notes)
+        )
     if not info["torch_has_cuda"]:
         return Status(False, "the native library does not find the CUDA part of libtorch")
     archs = info["cuda_archs"]
@@ -160,7 +164,7 @@ def _cuda_status() -> Status:
             built = ", ".join(archs)
             return Status(
                 False,
-                f"cuda:{index} has compute capability {_dotted(capability)}, the kernels are built for {built}",
+                f"cuda:{index} has compute capability {_dotted(capability)}, the kernels are for {built}",
             )
     return Status(True, f"CUDA kernels for {', '.join(archs)} (nvcc {info['nvcc']})")
 
@@ -178,7 +182,8 @@ def _triton_status() -> Status:
             if capability < TRITON_MIN_CAPABILITY:
                 least = _dotted(TRITON_MIN_CAPABILITY)
                 return Status(
-                    False, f"cuda:{index} has compute capability {_dotted(capability)}, Triton needs {least} or newer"
+                    False,
+                    f"cuda:{index} has compute capability {_dotted(capability)}, Triton needs {least}",
                 )
     return Status(True, "Triton kernels, compiled on first use")
 
@@ -208,8 +213,8 @@ def _capabilities() -> Iterable[tuple[int, tuple[int, int]]]:
 def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether kernels built for ``archs`` run on a GPU of that compute capability.
 
-    ``"90"`` is machine code: it runs on the same major version from that minor version up. ``"90a"`` runs on exactly
-    that version. ``"120+PTX"`` also carries PTX, which the driver compiles for anything newer.
+    ``"90"`` is machine code: it runs on the same major version from that minor version up. ``"90a"`` runs on
+    exactly that version. ``"120+PTX"`` also carries PTX, which the driver compiles for anything newer.
     """
     for arch in archs:
         match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
@@ -231,7 +236,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def _importable(name: str) -> bool:
-    """Whether ``import name`` would find a module, without importing it (Triton's import alone takes time)."""
+    """Whether ``import name`` would find a module, without importing it: Triton's import takes its time."""
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None

@@ -1,4 +1,6 @@
-"""What this installation is made of, which backends work, and why the others do not: the first thing a bug report needs."""
+"""What this installation is made of, which backends work, and why the others do not: the first thing a bug
+report needs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from ._version import __version__
 
 
 def show_config(file: TextIO | None = None) -> None:
-    """Print the versions, the native library, the devices and the state of every backend to ``file`` (stdout).
+    """Print the versions, the native library, the devices and the state of every backend to ``file``
+    (stdout).
 
     The same as ``python -m ffr_ext info``. :func:`collect` returns it as a dictionary.
     """
@@ -25,21 +28,30 @@ def show_config(file: TextIO | None = None) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """The content of :func:`show_config`, in types that JSON has. Loads the native library and asks for the GPUs."""
+    """The content of :func:`show_config`, in types that JSON has. Loads the native library and asks for the
+    GPUs.
+    """
     module = backends.native()
     native: dict[str, Any] = {"file": None, "error": backends.native_error(), "installed": build_record()}
     if module is not None:
         native.update(module.build_info(), file=module.__file__)
     return {
         "ffr_ext": {"version": __version__, "directory": str(Path(__file__).parent)},
-        "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
+        "python": {
+            "version": platform.python_version(),
+            "executable": sys.executable,
+            "platform": platform.platform(),
+        },
         "torch": {
             "version": torch.__version__,
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
             "threads": torch.get_num_threads(),
         },
-        "triton": {"version": _version_of("triton", "pytorch-triton"), "interpret": os.environ.get("TRITON_INTERPRET")},
+        "triton": {
+            "version": _version_of("triton", "pytorch-triton"),
+            "interpret": os.environ.get("TRITON_INTERPRET"),
+        },
         "gpus": _gpus(),
         "native": native,
         "backends": {name: status._asdict() for name, status in backends.available().items()},
@@ -74,7 +86,13 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _text(config: dict[str, Any]) -> str:
     torch_, triton, native = config["torch"], config["triton"], config["native"]
-    gpu_build = f"CUDA {torch_['cuda']}" if torch_["cuda"] else f"ROCm {torch_['hip']}" if torch_["hip"] else "CPU only"
+    gpu_build = (
+        f"CUDA {torch_['cuda']}"
+        if torch_["cuda"]
+        else f"ROCm {torch_['hip']}"
+        if torch_["hip"]
+        else "CPU only"
+    )
     rows = [
         ("ffr_ext", f"{config['ffr_ext']['version']} in {config['ffr_ext']['directory']}"),
         ("python", f"{config['python']['version']} on {config['python']['platform']}"),
@@ -85,7 +103,10 @@ def _text(config: dict[str, Any]) -> str:
         rows.append(("", f"TRITON_INTERPRET={triton['interpret']}"))
     for index, gpu in enumerate(config["gpus"]):
         rows.append(
-            (f"cuda:{index}", f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
+            (
+                f"cuda:{index}",
+                f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB",
+            )
         )
     if not config["gpus"]:
         rows.append(("gpu", "none"))

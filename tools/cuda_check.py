@@ -2,8 +2,8 @@
 
     python tools/cuda_check.py [--archs "80;90"] [--out build/cuda_check] [file.cu ...]
 
-Needs nvcc, but neither a GPU nor torch: it is how a machine without a GPU notices a kernel that does not compile,
-spills registers or outgrows shared memory. Exit status 1 if a compilation fails, or a kernel spills.
+Needs nvcc, but neither a GPU nor torch: it is how a machine without a GPU notices a kernel that does not
+compile, spills registers or outgrows shared memory. Exit status 1 if a compilation fails, or a kernel spills.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def parse_ptxas(text: str, arch: str) -> list[Usage]:
         if registers is None:
             raise CompileError(f"ptxas says nothing about the registers of {kernel}:\n{block}")
         shared = re.search(r"(\d+) bytes smem", block)
-        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        stack = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        )
         usages.append(
             Usage(
                 kernel,
@@ -110,7 +112,9 @@ def report(usages: list[Usage], readable: dict[str, str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--archs", default=os.environ.get("FFR_EXT_CUDA_ARCHS", ""), help="e.g. 90 or 80;90")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda_check", help="where the cubins go")
     parser.add_argument("files", type=Path, nargs="*", help="default: csrc/cuda/*.cu")

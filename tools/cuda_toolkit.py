@@ -1,7 +1,8 @@
 """Which nvcc this machine has, and for which GPU architectures it can and shall compile.
 
-setup.py loads this file; CMake runs it: ``python tools/cuda_toolkit.py ["80;90"]`` prints one ``name=value`` a line.
-nvcc is asked for what it knows, so an older or newer toolkit than the ones tried drops or keeps architectures by itself.
+setup.py loads this file; CMake runs it: ``python tools/cuda_toolkit.py ["80;90"]`` prints one ``name=value``
+a line. nvcc is asked for what it knows, so an older or newer toolkit than the ones tried drops or keeps
+architectures by itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# Ampere, Hopper, Blackwell data centre, Blackwell desktop: machine code of one minor version runs on the later ones of
-# the same major. The newest is also kept as PTX, which the driver compiles for GPUs that come later.
+# Ampere, Hopper, Blackwell data centre, Blackwell desktop: machine code of one minor version runs on the
+# later ones of the same major. The newest is also kept as PTX, which the driver compiles for GPUs that come
+# later.
 DEFAULT_ARCHS = ("80", "90", "100", "120")
 
 
@@ -74,21 +76,26 @@ def _run(nvcc: Path, option: str) -> str:
 
 
 def choose_archs(toolkit: Toolkit, requested: str = "") -> list[str]:
-    """``requested`` ("90", "80;90", "9.0,12.0", "90a") as a sorted list, or the default list as far as nvcc knows it.
+    """``requested`` ("90", "80;90", "9.0,12.0", "90a") as a sorted list, or the default list as far as nvcc
+    knows it.
 
-    The newest architecture without a suffix ends in "+PTX". Raises ToolkitError for one that nvcc does not know.
+    The newest architecture without a suffix ends in "+PTX". Raises ToolkitError for one that nvcc does not
+    know.
     """
     if requested.strip():
         archs = []
         for item in re.split(r"[;,\s]+", requested.strip()):
             match = re.fullmatch(r"(\d+)\.?(\d)([af]?)", item)
             if match is None:
-                raise ToolkitError(f"FFR_EXT_CUDA_ARCHS: expected architectures such as 90 or 80;90, got {item!r}")
+                raise ToolkitError(
+                    f"FFR_EXT_CUDA_ARCHS: expected architectures such as 90 or 80;90, got {item!r}"
+                )
             archs.append(match[1] + match[2] + match[3])
         unknown = [arch for arch in archs if arch.rstrip("af") not in toolkit.known]
         if unknown:
             raise ToolkitError(
-                f"nvcc {toolkit.version} does not compile for {', '.join(unknown)}; it knows {', '.join(toolkit.known)}"
+                f"nvcc {toolkit.version} does not compile for {', '.join(unknown)}, "
+                f"but for {', '.join(toolkit.known)}"
             )
     else:
         archs = [arch for arch in DEFAULT_ARCHS if arch in toolkit.known]
@@ -100,7 +107,7 @@ def choose_archs(toolkit: Toolkit, requested: str = "") -> list[str]:
 
 
 def cmake_archs(archs: list[str]) -> str:
-    """The same list in the words of CMAKE_CUDA_ARCHITECTURES: NN-real is machine code alone, NN adds the PTX."""
+    """The same list in the words of CMAKE_CUDA_ARCHITECTURES: NN-real is machine code alone, NN has PTX too."""
     return ";".join(arch.removesuffix("+PTX") if arch.endswith("+PTX") else arch + "-real" for arch in archs)
 
 

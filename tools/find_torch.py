@@ -1,8 +1,9 @@
 """Where the torch of this environment keeps its headers and libraries, found without importing it.
 
-CMake runs this file (``python tools/find_torch.py`` prints one ``name=value`` a line) and setup.py loads it. Importing
-torch would cost seconds, and under pip's build isolation it is not importable at all: the isolated environment hides
-site-packages from ``sys.path``, but ``sys.prefix`` is still the environment that pip installs into.
+CMake runs this file (``python tools/find_torch.py`` prints one ``name=value`` a line) and setup.py loads it.
+Importing torch would cost seconds, and under pip's build isolation it is not importable at all: the isolated
+environment hides site-packages from ``sys.path``, but ``sys.prefix`` is still the environment that pip
+installs into.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Torch(NamedTuple):
 
 
 def find_torch() -> Torch:
-    """The torch of this environment, or the one in the directory ``FFR_EXT_TORCH_DIR`` (the folder ``torch`` itself).
+    """The torch of this environment, or the one in the directory ``FFR_EXT_TORCH_DIR`` (the folder ``torch``
+    itself).
 
     Raises TorchNotFound with a sentence that says where it looked, or which version it found.
     """
@@ -44,7 +46,9 @@ def find_torch() -> Torch:
         if (root / "version.py").is_file() and (root / "include" / "torch" / "csrc").is_dir():
             return _describe(root)
         looked.append(str(root))
-    raise TorchNotFound(f"no torch found (looked for {', '.join(dict.fromkeys(looked))}); install torch first")
+    raise TorchNotFound(
+        f"no torch found (looked for {', '.join(dict.fromkeys(looked))}); install torch first"
+    )
 
 
 def _candidates() -> Iterator[Path]:
@@ -75,7 +79,9 @@ def _describe(root: Path) -> Torch:
 
 
 def _assigned(text: str, name: str) -> str:
-    """The string assigned to ``name`` in version.py, "" for None; annotations (``cuda: Optional[str] = ...``) allowed."""
+    """The string assigned to ``name`` in version.py, "" for None; annotations (``cuda: Optional[str] = ...``)
+    allowed.
+    """
     match = re.search(rf"^{name}\s*(?::[^=\n]*)?=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
     return match[1] if match else ""
 

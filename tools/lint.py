@@ -9,7 +9,11 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".inc"})
+NATIVE = sorted(
+    str(p.relative_to(ROOT))
+    for p in (ROOT / "csrc").rglob("*")
+    if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".inc"}
+)
 
 
 def tool(name: str) -> str:

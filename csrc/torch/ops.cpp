@@ -1,17 +1,107 @@
-// Op schemas, and the CPU implementations' checks and calls into csrc/cpu.
+// The ops: their schemas (docs/design.md, section 5), and the CPU implementations, which check the arguments
+// and hand plain pointers to csrc/cpu. csrc/torch/ops_cuda.cpp does the same for CUDA.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../cpu/flow.h"
+#include "checks.h"
+#include "filter_checks.h"
+
+namespace ffr {
+namespace {
+
+// torch's own threads, so that torch.set_num_threads counts; no OpenMP of our own.
+void torch_threads(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+std::vector<StageView> views(const Stages& all) {
+  std::vector<StageView> result;
+  for (const Stage& stage : all.stages) {
+    result.push_back({stage.dtype, stage.shape, all.features.data() + stage.first,
+                      all.grads.empty() ? nullptr : all.grads.data() + stage.first});
+  }
+  return result;
+}
+
+void flow_forward_cpu(const std::vector<Tensor>& features, const std::vector<int64_t>& lengths,
+                      const std::vector<int64_t>& groups, bool squared, const Tensor& stats,
+                      const Tensor& signs) {
+  const Stages all = check_flow_forward(features, lengths, groups, squared, stats, signs);
+  const std::vector<StageView> stages = views(all);
+  uint8_t* sign_planes = signs.numel() ? static_cast<uint8_t*>(signs.mutable_data_ptr()) : nullptr;
+  flow_forward(stages.data(), size_of(stages), squared, static_cast<double*>(stats.mutable_data_ptr()),
+               sign_planes, torch_threads);
+}
+
+void flow_backward_cpu(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
+                       const std::vector<int64_t>& lengths, const std::vector<int64_t>& numels,
+                       const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads) {
+  const Stages all = check_flow_backward(features, signs, coef, lengths, numels, groups, squared, grads);
+  const std::vector<StageView> stages = views(all);
+  flow_backward(stages.data(), size_of(stages), squared, static_cast<const uint8_t*>(signs.const_data_ptr()),
+                static_cast<const double*>(coef.const_data_ptr()), torch_threads);
+}
+
+void flow_backward_at_cpu(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
+                          int64_t length, int64_t numel, int64_t groups, bool squared, int64_t index,
+                          const Tensor& grad, bool accumulate) {
+  const Stages all =
+      check_flow_backward_at(features, signs, coef, length, numel, groups, squared, index, grad);
+  for (const StageView& stage : views(all)) {
+    flow_backward_at(stage, squared, static_cast<const uint8_t*>(signs.const_data_ptr()),
+                     static_cast<const double*>(coef.const_data_ptr()), index, grad.mutable_data_ptr(),
+                     accumulate, torch_threads);
+  }
+}
+
+void filter_norms_cpu(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims, double p,
+                      const Tensor& out) {
+  const std::vector<NormTensor> tensors = check_filter_norms(weights, dims, p, out);
+  filter_norms(tensors.data(), size_of(tensors), p, static_cast<double*>(out.mutable_data_ptr()),
+               torch_threads);
+}
+
+void compact_filters_cpu(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
+                         const std::vector<int64_t>& dims, const std::vector<Tensor>& outs) {
+  const std::vector<GatherTensor> gathers = check_compact_filters(tensors, keep, dims, outs);
+  for (int64_t i = 0; i < size_of(gathers); ++i) {
+    const GatherTensor& gather = gathers[i];
+    for (int64_t k = 0; k < gather.num_keep; ++k) {
+      STD_TORCH_CHECK(gather.keep[k] >= 0 && gather.keep[k] < gather.split.dim, Name{"keep", i},
+                      " must be in [0, ", gather.split.dim, "), got ", gather.keep[k]);
+    }
+  }
+  compact_filters(gathers.data(), size_of(gathers), torch_threads);
+}
+
+}  // namespace
+}  // namespace ffr
 
 STABLE_TORCH_LIBRARY(ffr_ext, m) {
   m.def(
       "flow_forward(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, Tensor(a!) stats, "
       "Tensor(b!) signs) -> ()");
   m.def(
-      "flow_backward(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] groups, "
+      "flow_backward(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] "
+      "groups, "
       "bool squared, Tensor(a!)[] grads) -> ()");
   m.def(
-      "flow_backward_at(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt groups, "
+      "flow_backward_at(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt "
+      "groups, "
       "bool squared, int index, Tensor(a!) grad, bool accumulate) -> ()");
   m.def("filter_norms(Tensor[] weights, int[] dims, float p, Tensor(a!) out) -> ()");
   m.def("compact_filters(Tensor[] tensors, Tensor[] keep, int[] dims, Tensor(a!)[] outs) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CPU, m) {
+  m.impl("flow_forward", TORCH_BOX(&ffr::flow_forward_cpu));
+  m.impl("flow_backward", TORCH_BOX(&ffr::flow_backward_cpu));
+  m.impl("flow_backward_at", TORCH_BOX(&ffr::flow_backward_at_cpu));
+  m.impl("filter_norms", TORCH_BOX(&ffr::filter_norms_cpu));
+  m.impl("compact_filters", TORCH_BOX(&ffr::compact_filters_cpu));
 }
