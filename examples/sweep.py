@@ -25,7 +25,7 @@ from data import Images, load
 from sparsity_report import report, switch_off_dead_filters
 from train import Config, Run
 
-from ffr_ext import __version__
+from ffr_ext import __version__, backends
 
 KEYS = ("model", "weight", "norm", "epochs", "seed")
 
@@ -53,6 +53,7 @@ def one_run(config: Config, images: Images) -> dict[str, Any]:
         "weights": sum(layer.weights for layer in layers),
         "train_loss": round(last.loss, 6),
         "seconds": round(time.perf_counter() - start, 1),
+        "backend": backends.resolve(config.backend, "cpu"),
         **environment(),
     }
 
