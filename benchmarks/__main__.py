@@ -1,0 +1,55 @@
+"""`python -m benchmarks`: measure everything on this machine and write `benchmarks/results/`.
+
+python -m benchmarks                      all benchmarks on the GPU if there is one, else on the CPU, then
+the report python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write python -m benchmarks step
+--device cuda python -m benchmarks report               tables, plots and the README's table from the
+results on disk
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from . import bench_loss, results
+from .harness import QUICK, Effort
+
+BENCHES = {"loss": bench_loss.main}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("bench", nargs="?", default="all", choices=["all", "report", *BENCHES])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="SETTING", help="settings of benchmarks/shapes.py"
+    )
+    parser.add_argument("--providers", nargs="*", default=[], metavar="PROVIDER")
+    parser.add_argument(
+        "--modes", nargs="*", default=[], metavar="MODE", help="forward, backward, both, first"
+    )
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds: everything runs, no number means anything"
+    )
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.bench != "report":
+        results.print_header(options.device)
+        for name, run in BENCHES.items():
+            if options.bench not in ("all", name):
+                continue
+            effort = QUICK if options.quick else Effort()
+            rows = run(
+                options.device, options.only, options.providers, options.modes, effort, results.print_table
+            )
+            if not options.no_write:
+                print(f"wrote {results.write(name, rows, options.device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

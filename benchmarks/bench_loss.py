@@ -1,0 +1,259 @@
+"""The loss itself: every provider, forward, backward, both and first call, over shapes, dtypes, layouts,
+norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffr_ext import backends, ffr_loss, ops, reference
+
+from .first_call import first_call_rows
+from .harness import Effort, Row, Subject, measure
+from .shapes import SETTINGS, Setting, make_features
+from .truth import Truth
+
+MODES = ("forward", "backward", "both")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table, for all providers."""
+
+    setting: Setting
+    batch: int
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    norm: str = "l1"
+    curvature_kind: str = "difference"
+
+    @property
+    def name(self) -> str:
+        """Setting and batch, and what is not the default."""
+        kind = "" if self.curvature_kind == "difference" else self.curvature_kind
+        special = [
+            self.dtype.replace("float", "f") if self.dtype != "float32" else "",
+            self.layout if self.layout != "contiguous" else "",
+            self.norm if self.norm != "l1" else "",
+            kind,
+        ]
+        return "/".join([f"{self.setting.name}x{self.batch}", *(s for s in special if s)])
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {"norm": self.norm, "curvature_kind": self.curvature_kind}
+
+    def features(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
+        return make_features(
+            self.setting.shapes(self.batch),
+            dtype=DTYPES[self.dtype],
+            layout=self.layout,
+            device=device,
+            seed=seed,
+        )
+
+    @property
+    def feature_bytes(self) -> int:
+        return self.setting.elements(self.batch) * DTYPES[self.dtype].itemsize
+
+    def moved_bytes(self, mode: str) -> int:
+        """What has to be read and written: each feature once, each gradient once, and for l1 the packed
+        signs twice.
+
+        Without saved signs the backward pass reads the features a second time.
+        """
+        if self.norm == "l1" and self.curvature_kind == "difference":
+            saved = sum(
+                ops.sign_bytes(count, self.batch * Setting("", ((1, shape),), 1, 1, "").elements(1))
+                for count, shape in self.setting.runs
+            )
+            parts = {"forward": self.feature_bytes + saved, "backward": saved + self.feature_bytes}
+        else:
+            parts = {"forward": self.feature_bytes, "backward": 2 * self.feature_bytes}
+        return sum(parts.values()) if mode == "both" else parts[mode]
+
+    def config(self) -> dict[str, Any]:
+        """What the row says about the case."""
+        return {
+            "setting": self.setting.name,
+            "batch": self.batch,
+            "features": len(self.setting.shapes(self.batch)),
+            "elements": self.setting.elements(self.batch),
+            "feature_bytes": self.feature_bytes,
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "norm": self.norm,
+            "curvature_kind": self.curvature_kind,
+        }
+
+
+# --------------------------------------------------------------------------------------------------
+# Providers: a function of the features
+# --------------------------------------------------------------------------------------------------
+
+
+def eager(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+    """The plain torch expression, op by op."""
+    return lambda features: reference.ffr_loss(features, **case.options)
+
+
+def compiled(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+    """The same expression, compiled for exactly these shapes."""
+    return torch.compile(eager(case), dynamic=False, fullgraph=True)
+
+
+def ours(backend: str) -> Callable[[Case], Callable[[Sequence[Tensor]], Tensor]]:
+    """`ffr_loss` on one backend."""
+    return lambda case: lambda features: ffr_loss(features, backend=backend, **case.options)
+
+
+PROVIDERS: dict[str, Callable[[Case], Callable[[Sequence[Tensor]], Tensor]]] = {
+    "eager": eager,
+    "compile": compiled,
+    "cpu": ours("cpu"),
+    "triton": ours("triton"),
+    "cuda": ours("cuda"),
+}
+
+
+def providers_here(device: torch.device | str) -> list[str]:
+    """The providers that take tensors of this device; Triton's interpreter is no thing to time."""
+    kind = torch.device(device).type
+    fused = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[kind]
+    status = backends.available()
+    return ["eager", "compile", *(name for name in fused if status[name].available)]
+
+
+def subject(
+    run: Callable[[Sequence[Tensor]], Tensor], features: list[Tensor], mode: str, truth: Truth
+) -> Subject:
+    """One provider in one mode, with the comparison of exactly what was timed."""
+
+    def both() -> tuple[Tensor, Sequence[Tensor]]:
+        loss = run(features)
+        return loss, torch.autograd.grad(loss, features)
+
+    def error() -> float:
+        loss, grads = both()
+        return truth.error(loss, grads if mode != "forward" else None)
+
+    if mode == "forward":
+        return Subject(lambda: run(features), error=error)
+    if mode == "both":
+        return Subject(both, error=error)
+    graph: list[Tensor] = []
+
+    def prepare() -> None:
+        graph[:] = [run(features)]
+
+    return Subject(lambda: torch.autograd.grad(graph.pop(), features), prepare, error)
+
+
+def run_case(
+    case: Case,
+    providers: Sequence[str],
+    modes: Sequence[str],
+    device: torch.device | str,
+    effort: Effort | None = None,
+) -> list[Row]:
+    """All rows of one case."""
+    torch.compiler.reset()
+    by_copy: dict[int, list[Tensor]] = {}
+
+    def inputs(copy: int) -> list[Tensor]:
+        if copy not in by_copy:
+            by_copy[copy] = case.features(device, seed=copy)
+        return by_copy[copy]
+
+    truth = Truth(inputs(0), case.options)
+    functions = {name: PROVIDERS[name](case) for name in providers}
+    rows = []
+    for mode in modes:
+        build = {
+            name: lambda copy, run=run: subject(run, inputs(copy), mode, truth)  # noqa: B023  (used before it changes)
+            for name, run in functions.items()
+        }
+        rows += measure(
+            "loss",
+            case.name,
+            mode,
+            build,
+            device=device,
+            moved_bytes=case.moved_bytes(mode),
+            input_bytes=case.feature_bytes,
+            config=case.config(),
+            effort=effort,
+        )
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Which cases
+# --------------------------------------------------------------------------------------------------
+
+
+def cases(device: torch.device | str, only: Sequence[str] = ()) -> Iterator[Case]:
+    """Every setting in its usual form, then ResNet-56 in every dtype, layout and norm.
+
+    The usual form is fp32 contiguous on a CPU; on a GPU bf16 channels_last is measured as well.
+    """
+    gpu = torch.device(device).type == "cuda"
+    for setting in SETTINGS.values():
+        if (only and setting.name not in only) or (setting.gpu_only and not gpu):
+            continue
+        batch = setting.batch_on(device)
+        if not setting.gpu_only:
+            yield Case(setting, batch)
+        if gpu:
+            yield Case(setting, batch, dtype="bfloat16", layout="channels_last")
+    if only and "variants" not in only:
+        return
+    usual = Case(SETTINGS["resnet56"], SETTINGS["resnet56"].batch_on(device))
+    for dtype in ("bfloat16", "float16", "float64"):
+        yield replace(usual, dtype=dtype)
+    yield replace(usual, layout="channels_last")
+    for norm in ("l2_squared", "l2"):
+        yield replace(usual, norm=norm)
+    yield replace(usual, norm="l2", curvature_kind="angle")
+    for batch in (1, 4, 16, 64, 256):  # speed-up by size
+        yield replace(usual, batch=batch)
+
+
+FIRST_CALLS = ("tiny9", "resnet56")
+
+
+def main(
+    device: torch.device | str,
+    only: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    effort: Effort | None = None,
+    report: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Measure, reporting each case as it is done."""
+    chosen = [p for p in providers_here(device) if not providers or p in providers]
+    rows: list[Row] = []
+    for case in cases(device, only):
+        # Compiling takes seconds for every case: where only our own speed differs, the peer need not be
+        # there.
+        got = run_case(case, chosen, [m for m in MODES if not modes or m in modes], device, effort)
+        report(got)
+        rows += got
+    if not modes or "first" in modes:
+        for name in FIRST_CALLS:
+            if not only or name in only:
+                got = first_call_rows(name, chosen, device)
+                report(got)
+                rows += got
+    return rows
