@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import json
 import os
 import struct
@@ -69,7 +68,8 @@ def _load() -> None:
     with _lock:
         if _tried:
             return
-        spec = importlib.util.find_spec(MODULE)
+        # Beside this file only: with two copies around, importlib would also find the other one's library.
+        spec = importlib.machinery.PathFinder.find_spec(MODULE, [str(Path(__file__).parent)])
         file = spec.origin if spec is not None else None
         if file is None:
             _error = _why_absent()
