@@ -7,7 +7,7 @@ From a call to a kernel: the features are checked (`checks`), split into stages 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ from .autograd import FlowSpec, FlowStats
 from .stages import Plan, Stage, cached_plan, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
+
+# (features, stages, squared, per_sample, backend) -> stats: how the sums of `stages` are made. `FeatureFlow` has its own.
+StatsMaker = Callable[[list[Tensor], Sequence[Stage], bool, bool, str], Tensor]
 
 
 class FlowTerms(NamedTuple):
@@ -62,7 +65,7 @@ def flow_terms(
                 listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
             )
         )
-    return _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen)
+    return _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, _stats)
 
 
 def ffr_loss(
@@ -118,6 +121,32 @@ def ffr_loss(
             boundary that `transition="pool"` cannot map.
         RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
     """
+    loss, _terms = penalty(
+        features,
+        gradient=gradient,
+        curvature=curvature,
+        norm=norm,
+        curvature_kind=curvature_kind,
+        reduction=reduction,
+        transition=transition,
+        backend=backend,
+    )
+    return loss
+
+
+def penalty(
+    features: Iterable[Tensor],
+    *,
+    gradient: Weight,
+    curvature: Weight,
+    norm: str,
+    curvature_kind: str,
+    reduction: str,
+    transition: str,
+    backend: str,
+    make_stats: StatsMaker | None = None,
+) -> tuple[Tensor, Callable[[], FlowTerms]]:
+    """The loss, and a function that gives its terms without another pass over the features (and without holding them)."""
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
     plan = _plan(listed, transition)
@@ -125,20 +154,27 @@ def ffr_loss(
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
     chosen = _backend(backend, listed)
-    dtype = _loss_dtype(listed)
+    device, dtype = listed[0].device, _loss_dtype(listed)
+    make_stats = make_stats or _stats
     if (
         chosen != "reference"
         and curvature_kind == "difference"
         and not isinstance(on_gradient, Tensor)
         and not isinstance(on_curvature, Tensor)
         and _cacheable(listed)
-        and all(f.device == listed[0].device for f in listed)
+        and all(f.device == device for f in listed)
     ):
         # All terms share one pass and the weights are numbers: one dot product with a cached vector is the loss.
-        stats = _stats(listed, plan.stages, norm != "l1", norm == "l2", chosen)
+        stats = make_stats(listed, plan.stages, norm != "l1", norm == "l2", chosen)
         entries = reference.safe_sqrt(stats) if norm == "l2" else stats
         scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, stats.device)
-        return (entries * scale).sum().to(dtype)
+        sums = stats.detach()
+
+        def terms_of_sums() -> FlowTerms:
+            rows = _split(sums, plan.stages, norm == "l2")
+            return _assemble(rows, rows, plan, norm, curvature_kind, reduction, device, dtype)
+
+        return (entries * scale).sum().to(dtype), terms_of_sums
     if chosen == "reference":
         terms = FlowTerms(
             *reference.flow_terms(
@@ -146,9 +182,9 @@ def ffr_loss(
             )
         )
     else:
-        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen)
+        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats)
     loss = _weigh(on_gradient, terms.gradient) + _weigh(on_curvature, terms.curvature)
-    return loss.to(dtype)
+    return loss.to(dtype), lambda: terms
 
 
 def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
@@ -186,7 +222,7 @@ def _warn_if_without_effect(
     if plan.curvature_terms == 0 and isinstance(gradient, float) and gradient == 0.0:
         if isinstance(curvature, float) and curvature != 0.0 and not torch.compiler.is_compiling():
             warnings.warn(
-                "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs", stacklevel=3
+                "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs", stacklevel=4
             )
 
 
@@ -206,7 +242,12 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_s
 
 
 def _rows(
-    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
+    features: list[Tensor],
+    stages: Sequence[Stage],
+    squared: bool,
+    per_sample: bool,
+    backend: str,
+    make_stats: StatsMaker,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a device."""
     rows: list[tuple[Tensor, Tensor]] = []
@@ -215,41 +256,68 @@ def _rows(
         device = features[stages[first].first].device
         if index < len(stages) and features[stages[index].first].device == device:
             continue
-        stats = _stats(features, stages[first:index], squared, per_sample, backend)
-        offset = 0
-        for stage in stages[first:index]:
-            groups = stage.batch if per_sample else 1
-            lengths, bends = stage.differences * groups, stage.bends * groups
-            rows.append(
-                (
-                    stats[offset : offset + lengths].view(stage.differences, groups),
-                    stats[offset + lengths : offset + lengths + bends].view(stage.bends, groups),
-                )
-            )
-            offset += lengths + bends
+        stats = make_stats(features, stages[first:index], squared, per_sample, backend)
+        rows += _split(stats, stages[first:index], per_sample)
         first = index
     return rows
 
 
+def _split(stats: Tensor, stages: Sequence[Stage], per_sample: bool) -> list[tuple[Tensor, Tensor]]:
+    """`stats` of `stages` as views: per stage the (differences, groups) and the (bends, groups) sums."""
+    rows, offset = [], 0
+    for stage in stages:
+        groups = stage.batch if per_sample else 1
+        lengths, bends = stage.differences * groups, stage.bends * groups
+        rows.append(
+            (
+                stats[offset : offset + lengths].view(stage.differences, groups),
+                stats[offset + lengths : offset + lengths + bends].view(stage.bends, groups),
+            )
+        )
+        offset += lengths + bends
+    return rows
+
+
 def _fused_terms(
-    features: list[Tensor], plan: Plan, norm: str, curvature_kind: str, reduction: str, backend: str
+    features: list[Tensor],
+    plan: Plan,
+    norm: str,
+    curvature_kind: str,
+    reduction: str,
+    backend: str,
+    make_stats: StatsMaker,
 ) -> FlowTerms:
     angles = curvature_kind == "angle"
     squared = norm != "l1"
-    rows = _rows(features, plan.stages, squared, norm == "l2" or (squared and angles), backend)
+    rows = _rows(features, plan.stages, squared, norm == "l2" or (squared and angles), backend, make_stats)
     # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
-    squares = rows if squared or not angles else _rows(features, plan.stages, True, True, backend)
+    squares = rows if squared or not angles else _rows(features, plan.stages, True, True, backend, make_stats)
+    return _assemble(
+        rows, squares, plan, norm, curvature_kind, reduction, features[0].device, _loss_dtype(features)
+    )
+
+
+def _assemble(
+    rows: list[tuple[Tensor, Tensor]],
+    squares: list[tuple[Tensor, Tensor]],
+    plan: Plan,
+    norm: str,
+    curvature_kind: str,
+    reduction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FlowTerms:
+    """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
     gradient, curvature = [], []
     for stage, (lengths, bends), (square_lengths, square_bends) in zip(plan.stages, rows, squares, strict=True):
         divisor = stage.divisor(norm, reduction)
         root = reference.safe_sqrt if norm == "l2" else _identity
         gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
-        if angles:
+        if curvature_kind == "angle":
             theta = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends).sum(1)
             curvature.append(theta if reduction == "sum" else theta / max(stage.batch, 1))
         else:
             curvature.append(root(bends).sum(1) / divisor)
-    device, dtype = features[0].device, _loss_dtype(features)
     return FlowTerms(
         torch.cat([t.to(device) for t in gradient]).to(dtype), torch.cat([t.to(device) for t in curvature]).to(dtype)
     )
