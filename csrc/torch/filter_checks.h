@@ -72,7 +72,8 @@ inline std::vector<GatherTensor> check_compact_filters(const std::vector<Tensor>
     want_sizes[dim] = keep[i].numel();
     bool fits = out.dim() == source.dim();
     for (int64_t d = 0; d < source.dim(); ++d) {
-      const bool outside = d != dim && sizes[d] > 1 && strides[d] >= split.inner * split.dim;
+      // split.dim is 0 only in a tensor without elements, whose strides say nothing.
+      const bool outside = d != dim && split.dim > 0 && strides[d] >= split.inner * split.dim;
       want_strides[d] = d == dim  ? split.inner
                         : outside ? strides[d] / split.dim * want_sizes[dim]
                                   : strides[d];
