@@ -170,16 +170,6 @@ bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, in
   return true;
 }
 
-bool same_order(const int64_t* sizes_a, const int64_t* strides_a, const int64_t* sizes_b,
-                const int64_t* strides_b, int64_t rank) {
-  for (int64_t i = 0; i < rank; ++i)
-    for (int64_t j = 0; j < i; ++j) {
-      const bool ordered = sizes_a[i] > 1 && sizes_a[j] > 1 && sizes_b[i] > 1 && sizes_b[j] > 1;
-      if (ordered && (strides_a[i] < strides_a[j]) != (strides_b[i] < strides_b[j])) return false;
-    }
-  return true;
-}
-
 void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
                   ParallelFor parallel_for) {
   std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);

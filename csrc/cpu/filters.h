@@ -19,10 +19,6 @@ struct DimSplit {
 // `dim`. False when the strides are not dense: make a contiguous copy first.
 bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, int64_t dim, DimSplit* split);
 
-// Whether two dense tensors (a source and its gathered target) lie in memory in the same order of dimensions.
-bool same_order(const int64_t* sizes_a, const int64_t* strides_a, const int64_t* sizes_b,
-                const int64_t* strides_b, int64_t rank);
-
 struct NormTensor {
   DType dtype;
   DimSplit split;
