@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffr_ext.taps import Slot, can_tap, tap
+
 OutputSelector = int | str | Callable[[Any], Tensor]
 
 _CHECKPOINT_ADVICE = (
@@ -32,13 +34,17 @@ class Recorder:
     A new pass drops what an earlier one left, so features of two passes never mix.
     """
 
-    def __init__(self, output: OutputSelector | None = None, capture_eval: bool = False) -> None:
+    def __init__(
+        self, output: OutputSelector | None = None, capture_eval: bool = False, tapping: bool = True
+    ) -> None:
         self.output = output
         self.capture_eval = capture_eval
+        self.tapping = tapping
         self.recording = False
         self.state = "empty"
         self.names: list[str] = []
         self.features: list[Tensor] = []
+        self.taps: list[tuple[Slot, Tensor] | None] = []
         self.versions: list[int | None] = []
         self.traced: list[bool] = []
         self.overwritten: list[tuple[str, bool]] = []
@@ -48,7 +54,7 @@ class Recorder:
         """Forget the features; ``state`` says why there are none."""
         self.recording = False
         self.state = state
-        self.names, self.features, self.without_autograd = [], [], []
+        self.names, self.features, self.taps, self.without_autograd = [], [], [], []
         self.versions, self.traced, self.overwritten = [], [], []
 
     def begin(self, training: bool) -> None:
@@ -81,6 +87,7 @@ class Recorder:
             self.versions.append(None if feature.is_inference() else feature._version)
         self.names.append(name)
         self.features.append(feature)
+        self.taps.append(tap(feature) if self.tapping and can_tap(feature) else None)
         if not torch.is_grad_enabled() and not self.capture_eval:
             self.without_autograd.append(name)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from ffr_ext import checks
 from ffr_ext.backends import BACKENDS
 from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder
-from ffr_ext.functional import FlowTerms, flow_terms
+from ffr_ext.functional import FlowTerms, flow_terms, penalty
 from ffr_ext.layers import LayerSpec, select_layers
+from ffr_ext.taps import collect
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self needs Python 3.11
@@ -93,9 +95,10 @@ class FeatureFlow:
             "backend": backend,
         }
         self._modules = select_layers(model, layers)
-        self._recorder = Recorder(output, capture_eval)
+        # The reference backend is plain torch, which autograd differentiates by itself.
+        self._recorder = Recorder(output, capture_eval, tapping=backend != "reference")
         self._handles: list[RemovableHandle] = []
-        self._last_terms: FlowTerms | None = None
+        self._last_terms: Callable[[], FlowTerms] | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -144,13 +147,19 @@ class FeatureFlow:
                 message names the layer.
             ValueError: the features make no term, or the keywords do not fit (see :func:`ffr_loss`).
         """
-        features = self._features()
+        features, taps = self._features(), self._recorder.taps
         self._recorder.clear("taken")
-        terms = flow_terms(features, **self.options)
-        self._last_terms = FlowTerms(terms.gradient.detach(), terms.curvature.detach())
-        return _weighted("gradient", self.gradient, terms.gradient) + _weighted(
-            "curvature", self.curvature, terms.curvature
+        make_stats = None  # one node for all features, as in ffr_loss
+        if all(
+            tap is not None or not feature.requires_grad for feature, tap in zip(features, taps, strict=True)
+        ):
+            slots = [None if tap is None else tap[0] for tap in taps]
+            tokens = [tap[1] for tap in taps if tap is not None]
+            make_stats = partial(collect, slots, tokens)
+        loss, self._last_terms = penalty(
+            features, gradient=self.gradient, curvature=self.curvature, **self.options, make_stats=make_stats
         )
+        return loss
 
     def terms(self) -> FlowTerms:
         """Length and curvature per term, detached and without weights: ``flow_terms(features, ...)``, to log.
@@ -158,7 +167,8 @@ class FeatureFlow:
         Belongs to the last recorded forward, whether its ``loss()`` was built or not.
         """
         if self._recorder.state == "taken" and self._last_terms is not None:
-            return self._last_terms
+            gradient, curvature = self._last_terms()
+            return FlowTerms(gradient.detach(), curvature.detach())
         return flow_terms([feature.detach() for feature in self._features()], **self.options)
 
     def _features(self) -> list[Tensor]:
@@ -178,22 +188,18 @@ class FeatureFlow:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_handles=[], _recorder=Recorder(self._recorder.output, self._recorder.capture_eval))
+        recorder = self._recorder
+        state.update(
+            _handles=[],
+            _last_terms=None,
+            _recorder=Recorder(recorder.output, recorder.capture_eval, recorder.tapping),
+        )
         state.pop("_finalizer", None)
         return state
 
 
 def _rank(weight: Any) -> int:
     return weight.dim() if isinstance(weight, Tensor) else 1
-
-
-def _weighted(name: str, weight: Any, terms: Tensor) -> Tensor:
-    weights = checks.term_weights(name, weight, terms.numel())
-    if isinstance(weights, list):
-        weights = terms.new_tensor(weights)
-    elif isinstance(weights, Tensor):
-        weights = weights.to(terms)
-    return (weights * terms).sum()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

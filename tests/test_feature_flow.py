@@ -29,8 +29,8 @@ from ffr_ext import FeatureFlow, ffr_loss, flow_terms
 
 
 def make_flow(model: nn.Module, *args: Any, **options: Any) -> FeatureFlow:
-    """What is captured does not depend on the backend; the reference one is there in every install."""
-    return FeatureFlow(model, *args, backend="reference", **options)
+    """The backend an install has for CPU tensors: with the native one gradients are made just in time."""
+    return FeatureFlow(model, *args, **options)
 
 
 OPTIONS = [
