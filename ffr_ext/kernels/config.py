@@ -12,25 +12,22 @@ ACCESS_BYTES = 16
 
 # One warp per forward program: its sums need five shuffles and neither shared memory nor a barrier. Two accesses per
 # thread and feature share those shuffles; three features are loaded ahead, so a program has 4 KiB in flight and the
-# 20 or more programs that fit on a multiprocessor have 80 KiB.
+# 16 or more that fit on a multiprocessor have 64 KiB.
 FORWARD_WARPS = 1
 FORWARD_ACCESSES = 2
 
 # The backward kernels sum nothing, so that their programs only need to be large enough to be cheap to start.
 BACKWARD_WARPS = 4
 
-# A forward program takes several tiles when there would be more programs than this: each leaves one fp64 per term to be
-# added up, and 4096 (about one filling of an H200) are added in microseconds. A constant, not the device's
-# multiprocessor count, so that the sums are the same to the last bit on every GPU.
-MAX_CHUNKS = 4096
-
 # The depth loop is unrolled (a kernel's arguments cannot be indexed at run time), so a longer stage runs in pieces of
 # this many features that share two.
 MAX_FEATURES = 64
 
-# Adding up the chunks: one program per term.
-FINALIZE_WARPS = 4
-FINALIZE_BLOCK = 1024
+# Adding up the tiles' sums, one program per 4096 of a term: 16 loads per thread, all in flight at once. A constant, not a
+# share of the device's multiprocessors, so that the order of the sum is the same on every GPU.
+ADD_WARPS = 8
+ADD_BLOCK = 1024
+ADD_PART = 4096
 
 # Filters: one program per filter.
 FILTER_WARPS = 4

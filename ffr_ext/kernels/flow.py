@@ -1,7 +1,7 @@
 """Triton's flow_forward, flow_backward and flow_backward_at, with the op contract of docs/design.md section 5.
 
 One forward and one backward launch per stage of up to 64 features (a longer one runs in pieces that share two), and one
-small launch that adds up a stage's sums. Nothing is copied to the device, waited for or tuned: the calls can be captured in
+small launch, or two, to add up the tiles' sums. Nothing is copied to the device, waited for or tuned: the calls can be captured in
 a CUDA graph.
 """
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .flow_kernels import backward_signs_kernel, backward_squares_kernel, finalize_kernel, forward_kernel
+from .flow_kernels import add_slots_kernel, backward_signs_kernel, backward_squares_kernel, forward_kernel
 
 _WORDS = {2: tl.uint8, 4: tl.uint16, 8: tl.uint32}
 
@@ -64,21 +64,18 @@ def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: T
     shape = _StageShape.of(stage[0].dtype, numel, groups, (*stage, *(() if signs is None else (signs,))))
     block = 32 * config.FORWARD_WARPS * config.FORWARD_ACCESSES * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
-    tiles_per_chunk = triton.cdiv(tiles, max(config.MAX_CHUNKS // groups, 1))
-    chunks = triton.cdiv(tiles, tiles_per_chunk)
-    # One chunk: its sums are the stage's, and go where they belong.
-    slots = stats if chunks == 1 else stats.new_empty(stats.numel() * chunks)
+    # One tile: its sums are the group's, and go where they belong.
+    slots = stats if tiles == 1 else torch.empty(stats.numel() * tiles, dtype=shape.slots, device=stats.device)
     bytes_per_plane = plane_bytes(numel)
     for begin, end in _pieces(length - 1):
         read = min(end + 2, length) - begin
-        forward_kernel[(groups * chunks,)](
+        forward_kernel[(groups * tiles,)](
             tuple(stage[begin : begin + read]),
             stage[0] if signs is None else signs[begin * bytes_per_plane :],
             slots,
             shape.group_numel,
             bytes_per_plane,
-            chunks,
-            tiles_per_chunk,
+            tiles,
             groups,
             begin * groups,
             (length - 1 + begin) * groups,
@@ -96,10 +93,20 @@ def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: T
             num_warps=config.FORWARD_WARPS,
             num_stages=1,
         )
-    if chunks > 1:
-        finalize_kernel[(stats.numel(),)](
-            slots, stats, chunks, BLOCK=config.FINALIZE_BLOCK, num_warps=config.FINALIZE_WARPS, num_stages=1
+    while tiles > 1:
+        parts = triton.cdiv(tiles, config.ADD_PART)
+        sums = stats if parts == 1 else torch.empty(stats.numel() * parts, dtype=stats.dtype, device=stats.device)
+        add_slots_kernel[(stats.numel() * parts,)](
+            slots,
+            sums,
+            tiles,
+            parts,
+            PART=config.ADD_PART,
+            BLOCK=config.ADD_BLOCK,
+            num_warps=config.ADD_WARPS,
+            num_stages=1,
         )
+        slots, tiles = sums, parts
 
 
 def flow_backward(
@@ -221,14 +228,17 @@ class _StageShape(NamedTuple):
     vec: int  # elements of one 16-byte access
     vector: bool  # every access may be one: all pointers are aligned, and so is the beginning of every group
     compute: tl.dtype
+    slots: torch.dtype  # of a tile's sums: the compute precision, which is what they are made in
 
     @classmethod
     def of(cls, dtype: torch.dtype, numel: int, groups: int, tensors: Sequence[Tensor]) -> "_StageShape":
         vec = config.vector_length(dtype)
         group_numel = numel // groups
         aligned = all(tensor.data_ptr() % config.ACCESS_BYTES == 0 for tensor in tensors)
-        compute = tl.float64 if dtype == torch.float64 else tl.float32
-        return cls(group_numel, vec, aligned and group_numel % vec == 0, compute)
+        vector = aligned and group_numel % vec == 0
+        if dtype == torch.float64:
+            return cls(group_numel, vec, vector, tl.float64, torch.float64)
+        return cls(group_numel, vec, vector, tl.float32, torch.float32)
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:

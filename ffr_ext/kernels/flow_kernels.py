@@ -111,17 +111,16 @@ def _magnitude(value, SQUARED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["group_numel", "plane_bytes", "chunks", "tiles", "groups", "first_row", "second_row"],
+    do_not_specialize=["group_numel", "plane_bytes", "tiles", "groups", "first_row", "second_row"],
     do_not_specialize_on_alignment=["features", "signs", "slots"],
 )
 def forward_kernel(
     features,  # tuple of LENGTH pointers
     signs,  # the planes from the first of FIRSTS on; anything without SIGNS
-    slots,  # float64 [entries of the stage, chunks]
+    slots,  # [entries of the stage, tiles], or the stage's stats when a group is one tile
     group_numel: tl.int64,
     plane_bytes: tl.int64,
-    chunks: tl.int64,
-    tiles: tl.int64,  # of a chunk
+    tiles: tl.int64,  # of a group
     groups: tl.int64,
     first_row: tl.int64,  # entry of this piece's first |d| in group 0, and of its first |c|
     second_row: tl.int64,
@@ -137,75 +136,75 @@ def forward_kernel(
     TERMS: tl.constexpr,  # power of two, at least FIRSTS
     BLOCK: tl.constexpr,
 ):
+    # One tile, and no loop over several: the compiler moves every feature's and plane's address out of such a loop, and
+    # 64 features then spill (seen: 255 registers and 696 bytes of stack, against 80 registers without the loop).
     program = tl.program_id(0).to(tl.int64)
-    group = program // chunks
-    chunk = program % chunks
+    group = program // tiles
+    tile = program % tiles
+    begin = tile * BLOCK
     if VECTOR:
         group_numel = tl.multiple_of(group_numel, VEC)
+    left = tl.minimum(group_numel - begin, BLOCK).to(tl.int32)
+    start = group * group_numel + begin
+    if VECTOR:
+        left = tl.multiple_of(left, VEC)
+        start = tl.multiple_of(start, VEC)
+    # Four loads in flight: x and the three behind it. They are issued here, ahead of the stores of the signs, which may
+    # alias them for all the compiler knows.
+    n0 = _load(features[0], start, left, VECTOR, BLOCK)
+    n1 = _load(features[1], start, left, VECTOR, BLOCK)
+    n2 = n1
+    n3 = n1
+    if LENGTH > 2:
+        n2 = _load(features[2], start, left, VECTOR, BLOCK)
+    if LENGTH > 3:
+        n3 = _load(features[3], start, left, VECTOR, BLOCK)
+    # A term's sum goes to the lane that keeps it: one select and one register per 32 terms, where an array would need an
+    # index at run time.
     term = tl.arange(0, TERMS)
-    first_sums = tl.zeros([TERMS], tl.float64)
-    second_sums = tl.zeros([TERMS], tl.float64)
-    for tile in range(tiles):
-        begin = (chunk * tiles + tile) * BLOCK
-        left = tl.minimum(tl.maximum(group_numel - begin, 0), BLOCK).to(tl.int32)
-        start = group * group_numel + begin
-        if VECTOR:
-            left = tl.multiple_of(left, VEC)
-            start = tl.multiple_of(start, VEC)
-        # Four loads in flight: x and the three behind it. Loads must be issued here, ahead of the stores of the signs,
-        # which the compiler has to assume may alias them.
-        n0 = _load(features[0], start, left, VECTOR, BLOCK)
-        n1 = _load(features[1], start, left, VECTOR, BLOCK)
-        n2 = n1
-        n3 = n1
-        if LENGTH > 2:
-            n2 = _load(features[2], start, left, VECTOR, BLOCK)
-        if LENGTH > 3:
-            n3 = _load(features[3], start, left, VECTOR, BLOCK)
-        # A term's sum goes to the lane that keeps it: one select and one register per 32 terms, where an array would
-        # need an index at run time.
-        first_tile = tl.zeros([TERMS], COMPUTE)
-        second_tile = tl.zeros([TERMS], COMPUTE)
-        previous = n0.to(COMPUTE)
-        d = previous
-        for i in tl.static_range(1, LENGTH):
-            x = n1.to(COMPUTE)
-            n1 = n2
-            n2 = n3
-            if i + 3 < LENGTH:
-                n3 = _load(features[i + 3], start, left, VECTOR, BLOCK)
-            d_before = d
-            d = x - previous
-            previous = x
-            if i - 1 < FIRSTS:
-                first_tile = tl.where(term == i - 1, _magnitude(d, SQUARED), first_tile)
-            if i >= 2:
-                c = d - d_before
-                if i - 2 < SECONDS:
-                    second_tile = tl.where(term == i - 2, _magnitude(c, SQUARED), second_tile)
-                if SIGNS:
-                    words = _plane(signs, i - 2, plane_bytes, start, VEC, WORD, VECTOR)
-                    _store_codes(words, left, _sign_code(d_before), _sign_code(c), VEC, BLOCK)
-        if SIGNS and FIRSTS == LENGTH - 1:  # the stage's last plane, which has no c
-            words = _plane(signs, FIRSTS - 1, plane_bytes, start, VEC, WORD, VECTOR)
-            _store_codes(words, left, _sign_code(d), tl.zeros([BLOCK], tl.uint32), VEC, BLOCK)
-        first_sums += first_tile.to(tl.float64)
-        second_sums += second_tile.to(tl.float64)
+    first_sums = tl.zeros([TERMS], COMPUTE)
+    second_sums = tl.zeros([TERMS], COMPUTE)
+    previous = n0.to(COMPUTE)
+    d = previous
+    for i in tl.static_range(1, LENGTH):
+        x = n1.to(COMPUTE)
+        n1 = n2
+        n2 = n3
+        if i + 3 < LENGTH:
+            n3 = _load(features[i + 3], start, left, VECTOR, BLOCK)
+        d_before = d
+        d = x - previous
+        previous = x
+        if i - 1 < FIRSTS:
+            first_sums = tl.where(term == i - 1, _magnitude(d, SQUARED), first_sums)
+        if i >= 2:
+            c = d - d_before
+            if i - 2 < SECONDS:
+                second_sums = tl.where(term == i - 2, _magnitude(c, SQUARED), second_sums)
+            if SIGNS:
+                words = _plane(signs, i - 2, plane_bytes, start, VEC, WORD, VECTOR)
+                _store_codes(words, left, _sign_code(d_before), _sign_code(c), VEC, BLOCK)
+    if SIGNS and FIRSTS == LENGTH - 1:  # the stage's last plane, which has no c
+        words = _plane(signs, FIRSTS - 1, plane_bytes, start, VEC, WORD, VECTOR)
+        _store_codes(words, left, _sign_code(d), tl.zeros([BLOCK], tl.uint32), VEC, BLOCK)
+    slot_type: tl.constexpr = slots.dtype.element_ty
     term_rows = term.to(tl.int64) * groups + group
-    tl.store(slots + (first_row + term_rows) * chunks + chunk, first_sums, mask=term < FIRSTS)
-    tl.store(slots + (second_row + term_rows) * chunks + chunk, second_sums, mask=term < SECONDS)
+    tl.store(slots + (first_row + term_rows) * tiles + tile, first_sums.to(slot_type), mask=term < FIRSTS)
+    tl.store(slots + (second_row + term_rows) * tiles + tile, second_sums.to(slot_type), mask=term < SECONDS)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["slots", "stats"])
-def finalize_kernel(slots, stats, chunks: tl.int64, BLOCK: tl.constexpr):
-    """stats[row] = the sum of slots[row, :], in fp64 and in one order."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["tiles", "parts"], do_not_specialize_on_alignment=["slots", "sums"])
+def add_slots_kernel(slots, sums, tiles: tl.int64, parts: tl.int64, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[row, part] = the sum of slots[row, part * PART :][:PART], in fp64 and in one order."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // parts
+    begin = (program % parts) * PART
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, chunks, BLOCK):
-        offsets = begin + lane
-        total += tl.load(slots + row * chunks + offsets, mask=offsets < chunks, other=0.0)
-    tl.store(stats + row, tl.sum(total))
+    for i in tl.static_range(0, PART // BLOCK):
+        offsets = begin + i * BLOCK + lane
+        total += tl.load(slots + row * tiles + offsets, mask=offsets < tiles, other=0.0).to(tl.float64)
+    tl.store(sums + program, tl.sum(total))
 
 
 # --------------------------------------------------------------------------------------------------------------------
