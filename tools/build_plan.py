@@ -81,6 +81,8 @@ def missing_tools() -> list[str]:
 
 def no_cuda(mode: str) -> str:
     """Why no CUDA kernels are built, "" if they are."""
+    if not cuda_sources():
+        return "no CUDA kernels: this source tree has none"
     torch_cuda = find_torch.find_torch().cuda
     if mode == "auto" and not torch_cuda:
         return "no CUDA kernels: torch is a build without CUDA"
@@ -96,6 +98,10 @@ def no_cuda(mode: str) -> str:
             "(FFR_EXT_BUILD=cuda builds them all the same)"
         )
     return ""
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
 
 
 def find_cxx() -> str | None:

@@ -107,7 +107,7 @@ def choose_archs(toolkit: Toolkit, requested: str = "") -> list[str]:
 
 
 def cmake_archs(archs: list[str]) -> str:
-    """The same list in the words of CMAKE_CUDA_ARCHITECTURES: NN-real is machine code alone, NN has PTX too."""
+    """The same list for CMAKE_CUDA_ARCHITECTURES, where NN-real is machine code alone and NN has PTX too."""
     return ";".join(arch.removesuffix("+PTX") if arch.endswith("+PTX") else arch + "-real" for arch in archs)
 
 
