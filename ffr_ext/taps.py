@@ -85,7 +85,7 @@ class Slot:
 
 
 class Tap(torch.autograd.Function):
-    """`Tap.apply(slot, feature) -> token`. It saves no tensor: recomputation (checkpointing) misses nothing."""
+    """`Tap.apply(slot, feature) -> token`. Saves no tensor, so recomputation (checkpointing) fits."""
 
     @staticmethod
     def forward(ctx: Any, slot: Slot, feature: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Tap(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """`Collect.apply(walk, features, slots, *tokens) -> stats`, differentiable through the taps of `slots`."""
+    """`Collect.apply(walk, features, slots, *tokens) -> stats`, differentiable through the slots' taps."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ def collect(
 
 
 class Walk:
-    """One call of the forward kernel, over stages of one device. A place is an index into the walked features."""
+    """One call of the forward kernel, over stages of one device. A place is an index into its features."""
 
     def __init__(self, stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> None:
         self.stages = stages
