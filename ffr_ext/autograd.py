@@ -52,48 +52,94 @@ def _by_stage(items: Sequence[Item], lengths: tuple[int, ...]) -> list[Sequence[
     return slices
 
 
+def _sums(spec: FlowSpec, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The forward pass: (stats, signs)."""
+    stages = _by_stage(features, spec.lengths)
+    groups = [stage[0].shape[0] if spec.per_sample else 1 for stage in stages]
+    aligned = [f for stage in stages for f in align(stage, spec.per_sample)]
+    if torch.compiler.is_compiling():
+        return traced.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
+    stats, signs = traced.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
+    ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, signs)
+    return stats, signs
+
+
+def _save(ctx: Any, spec: FlowSpec, features: tuple[Tensor, ...], signs: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.spec = spec
+    # Shapes and strides instead of the features: l1 needs nothing else of them.
+    ctx.layouts = tuple(map(Layout.of, features))
+    if spec.squared:
+        ctx.save_for_backward(*features)
+    else:
+        ctx.save_for_backward(signs)
+
+
+def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward pass, one entry per feature, from d loss / d stats."""
+    if torch.is_grad_enabled():
+        if not _transforms_active():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        # torch.func.grad always records its backward pass; only differentiating that record is refused.
+        grads = _RefusedTwice.apply(ctx.spec, ctx.layouts, wanted, coef, *ctx.saved_tensors)
+    else:
+        grads = _flow_gradients(ctx.spec, ctx.layouts, wanted, coef, ctx.saved_tensors)
+    by_feature = iter(grads)
+    return tuple(next(by_feature) if want else None for want in wanted)
+
+
 class FlowStats(torch.autograd.Function):
     """`FlowStats.apply(spec, *features) -> (stats, signs)`; differentiable in the features, once."""
 
     @staticmethod
     def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        stages = _by_stage(features, spec.lengths)
-        groups = [stage[0].shape[0] if spec.per_sample else 1 for stage in stages]
-        aligned = [f for stage in stages for f in align(stage, spec.per_sample)]
-        if torch.compiler.is_compiling():
-            return traced.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
-        stats, signs = traced.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
-        ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, signs)
-        return stats, signs
+        return _sums(spec, features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         spec, *features = inputs
-        signs = output[1]
+        _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        ctx.set_materialize_grads(False)
-        ctx.spec = spec
-        # Shapes and strides instead of the features: l1 needs nothing else of them.
-        ctx.layouts = tuple(Layout.of(f) for f in features)
-        if spec.squared:
-            ctx.save_for_backward(*features)
-        else:
-            ctx.save_for_backward(signs)
+        _save(ctx, spec, tuple(features), signs)
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor | None, _grad_signs: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_stats is None:
-            return (None,) * (1 + len(ctx.layouts))
-        wanted = tuple(ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled():
-            if not _transforms_active():
-                raise RuntimeError(DOUBLE_BACKWARD)
-            # torch.func.grad always records its backward pass; only differentiating that record is refused.
-            grads = _RefusedTwice.apply(ctx.spec, ctx.layouts, wanted, grad_stats, *ctx.saved_tensors)
-        else:
-            grads = _flow_gradients(ctx.spec, ctx.layouts, wanted, grad_stats, ctx.saved_tensors)
-        by_feature = iter(grads)
-        return (None, *(next(by_feature) if want else None for want in wanted))
+            return (None,) * len(ctx.needs_input_grad)
+        return (None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[1:]), grad_stats))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> None:
+        raise RuntimeError(VMAP)
+
+
+class WeightedFlow(torch.autograd.Function):
+    """`WeightedFlow.apply(spec, weights, dtype, *features) -> (loss, stats, signs)` with `loss = (weights * stats).sum()`.
+
+    What `FlowStats` and three small nodes after it compute, as one node: for a few tiny features those cost as much as
+    everything else (docs/performance.md). `weights` is a constant.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        spec: FlowSpec, weights: Tensor, dtype: torch.dtype, *features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stats, signs = _sums(spec, features)
+        return (weights * stats).sum().to(dtype), stats, signs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        spec, weights, _dtype, *features = inputs
+        _loss, stats, signs = output
+        ctx.mark_non_differentiable(stats, signs)
+        ctx.weights = weights  # shared by all calls of this kind: no memory of its own
+        _save(ctx, spec, tuple(features), signs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _stats: None, _signs: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return (None, None, None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[3:]), ctx.weights * grad_loss))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -174,6 +220,13 @@ def _with_strides(grad: Tensor, layout: Layout) -> Tensor:
     if grad.stride() == layout.strides or layout.storage_order is None:
         return grad
     return torch.empty_strided(layout.shape, layout.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` without the argument binding that torch does for torch.func at every call (18 us)."""
+    if torch.compiler.is_compiling() or _transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _transforms_active() -> bool:

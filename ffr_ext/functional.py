@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference
-from .autograd import FlowSpec, FlowStats
+from .autograd import FlowSpec, FlowStats, WeightedFlow, apply
 from .stages import Plan, Stage, cached_plan, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
@@ -155,7 +155,6 @@ def penalty(
     _warn_if_without_effect(on_gradient, on_curvature, plan)
     chosen = _backend(backend, listed)
     device, dtype = listed[0].device, _loss_dtype(listed)
-    make_stats = make_stats or _stats
     if (
         chosen != "reference"
         and curvature_kind == "difference"
@@ -164,17 +163,22 @@ def penalty(
         and _cacheable(listed)
         and all(f.device == device for f in listed)
     ):
-        # All terms share one pass and the weights are numbers: one dot product with a cached vector is the loss.
-        stats = make_stats(listed, plan.stages, norm != "l1", norm == "l2", chosen)
-        entries = reference.safe_sqrt(stats) if norm == "l2" else stats
-        scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, stats.device)
-        sums = stats.detach()
+        # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
+        scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
+        squared, per_sample = norm != "l1", norm == "l2"
+        if make_stats is None and not per_sample:
+            spec, walked = _walk(listed, plan.stages, squared, per_sample, chosen)
+            loss, sums, _signs = apply(WeightedFlow, spec, scale, dtype, *walked)
+        else:
+            stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
+            entries = reference.safe_sqrt(stats) if per_sample else stats
+            loss, sums = (entries * scale).sum().to(dtype), stats.detach()
 
         def terms_of_sums() -> FlowTerms:
-            rows = _split(sums, plan.stages, norm == "l2")
+            rows = _split(sums, plan.stages, per_sample)
             return _assemble(rows, rows, plan, norm, curvature_kind, reduction, device, dtype)
 
-        return (entries * scale).sum().to(dtype), terms_of_sums
+        return loss, terms_of_sums
     if chosen == "reference":
         terms = FlowTerms(
             *reference.flow_terms(
@@ -182,7 +186,7 @@ def penalty(
             )
         )
     else:
-        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats)
+        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats or _stats)
     loss = _weigh(on_gradient, terms.gradient) + _weigh(on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
@@ -226,8 +230,10 @@ def _warn_if_without_effect(
             )
 
 
-def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> Tensor:
-    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+def _walk(
+    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
+) -> tuple[FlowSpec, list[Tensor]]:
+    """The settings of an autograd node over `stages`, which must share a device, and the features it walks."""
     walked = [f for stage in stages for f in stage_features(features, stage)]
     wants_gradient = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
     spec = FlowSpec(
@@ -237,7 +243,13 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_s
         backend=backend,
         save_signs=wants_gradient and not squared,
     )
-    stats, _signs = FlowStats.apply(spec, *walked)
+    return spec, walked
+
+
+def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> Tensor:
+    """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
+    spec, walked = _walk(features, stages, squared, per_sample, backend)
+    stats, _signs = apply(FlowStats, spec, *walked)
     return stats
 
 

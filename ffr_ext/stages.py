@@ -123,7 +123,7 @@ def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:
     return own
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: made for every feature at every call, and that takes three times as long
 class Layout:
     """How a feature lies in memory: all that the l1 backward pass needs to know of it."""
 
@@ -179,6 +179,6 @@ def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layo
 
 def align(features: Sequence[Tensor], per_sample: bool) -> list[Tensor]:
     """Features of one shape in one storage order: the very same tensors if they share one already, else contiguous copies."""
-    if walk_as_they_lie([Layout.of(f) for f in features], per_sample):
+    if all(f.is_contiguous() for f in features) or walk_as_they_lie([Layout.of(f) for f in features], per_sample):
         return list(features)
     return [f.contiguous() for f in features]
