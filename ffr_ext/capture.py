@@ -40,6 +40,8 @@ class Recorder:
         self.output = output
         self.capture_eval = capture_eval
         self.tapping = tapping
+        self.enabled = True
+        self.by_hand = False  # a pass that the user began, and that the model's own calls do not end
         self.recording = False
         self.state = "empty"
         self.names: list[str] = []
@@ -52,7 +54,7 @@ class Recorder:
 
     def clear(self, state: str = "empty") -> None:
         """Forget the features; ``state`` says why there are none."""
-        self.recording = False
+        self.recording = self.by_hand = False
         self.state = state
         self.names, self.features, self.taps, self.without_autograd = [], [], [], []
         self.versions, self.traced, self.overwritten = [], [], []
@@ -65,17 +67,32 @@ class Recorder:
             self.recording = True
 
     def _wanted(self, training: bool) -> bool:
-        return (self.capture_eval or (training and torch.is_grad_enabled())) and not _inside_backward()
+        if not self.enabled or self.by_hand or _inside_backward():
+            return False
+        return self.capture_eval or (training and torch.is_grad_enabled())
 
     def end(self, training: bool) -> None:
         """Finish a pass; whatever the layers compute from here on (recomputation, evaluation) is not
         recorded."""
+        if self.by_hand:
+            return
         if self.recording:
             self.recording = False
             self.state = "complete"
         elif self.state == "complete" and self._wanted(training):
             # A second end without a begin in between: the model ran itself inside its own forward.
             self.clear("recursive")
+
+    def begin_by_hand(self) -> None:
+        """Start a pass of which calls of the model are only a part."""
+        self.clear("open")
+        self.recording = self.by_hand = self.enabled
+
+    def end_by_hand(self) -> None:
+        """Finish it."""
+        if self.by_hand:
+            self.recording = self.by_hand = False
+            self.state = "complete"
 
     def capture(self, name: str, module: nn.Module, output: Any, last: bool) -> None:
         """Record one call of one layer; ``last``: the last of the selected layers."""
@@ -133,6 +150,8 @@ class Recorder:
 
     def check_complete(self) -> None:
         """Raise if there is no finished pass to build a loss from, saying which of the many reasons it is."""
+        if not self.enabled:
+            raise RuntimeError("FeatureFlow is disabled (enabled=False, or a WeightSchedule at weight 0)")
         if self.state == "open":
             raise RuntimeError(
                 "FeatureFlow: the last forward did not finish (it raised, or loss() was called inside it); "
@@ -184,7 +203,8 @@ class Recorder:
 
 _NOTHING_CAPTURED = """Possible reasons:
 - the model ran in eval mode or under no_grad (FeatureFlow(..., capture_eval=True) records that too);
-- a submodule was called instead of the model that FeatureFlow was given;
+- a submodule was called instead of the model that FeatureFlow was given (begin_pass() ... end_pass()
+record that);
 - the model, or one of the same structure, was compiled with torch.compile before attach(): attach first,
   or return the features from forward and call ffr_loss on them (works with fullgraph=True)."""
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ffr_ext import checks
 from ffr_ext.backends import BACKENDS
 from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder
+from ffr_ext.describe import Description, describe
 from ffr_ext.functional import FlowTerms, flow_terms, penalty
 from ffr_ext.layers import LayerSpec, select_layers
 from ffr_ext.taps import collect
@@ -106,6 +107,23 @@ class FeatureFlow:
         return list(self._modules)
 
     @property
+    def output(self) -> OutputSelector | None:
+        """Which part of a layer's output is its feature."""
+        return self._recorder.output
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forward passes are recorded. While it is False the hooks cost nothing and ``loss()``
+        raises."""
+        return self._recorder.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if not value:
+            self._recorder.clear()
+        self._recorder.enabled = bool(value)
+
+    @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
         return bool(self._handles)
@@ -136,6 +154,38 @@ class FeatureFlow:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def begin_pass(self) -> None:
+        """Record from here to :meth:`end_pass` as one pass, whatever is called in between and in whatever
+        mode.
+
+        For steps that are not one call of ``model``: several calls, or calls of its submodules. Trainers
+        use it.
+        """
+        self._recorder.begin_by_hand()
+
+    def end_pass(self) -> None:
+        """End what :meth:`begin_pass` began."""
+        self._recorder.end_by_hand()
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass begun with :meth:`begin_pass` is open."""
+        return self._recorder.by_hand
+
+    def captured(self) -> list[tuple[str, Tensor]]:
+        """Names and features of the last recorded pass, in call order, until its ``loss()`` is built."""
+        return list(zip(self._recorder.names, self._features(), strict=True))
+
+    def describe(self, example_inputs: Any) -> Description:
+        """Print the layers, shapes, stages and terms the loss will use for such inputs, and return them.
+
+        ``example_inputs``: a tensor, a tuple of positional or a dict of keyword inputs of ``model``, which
+        is run once in eval mode and without autograd; nothing of it stays behind.
+        """
+        description = describe(self, example_inputs)
+        print(description)
+        return description
 
     def loss(self) -> Tensor:
         """The penalty of the last recorded forward, a 0-dim tensor: ``ffr_loss(features, ...)``. Once per

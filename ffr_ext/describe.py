@@ -1,0 +1,117 @@
+"""What a FeatureFlow will do, before any training: its layers, their shapes, the stages and the terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .stages import make_plan
+
+if TYPE_CHECKING:
+    from .flow import FeatureFlow
+
+
+@dataclass(frozen=True)
+class Description:
+    """Returned by :meth:`FeatureFlow.describe`; its string is a table.
+
+    Attributes:
+        names, shapes: of every captured feature, in call order.
+        stages: for each stage that has a term, the indices of its own features.
+        gradient, curvature: for each term in depth order, the indices of the two or three features it
+        compares.
+        settings: norm, curvature_kind, reduction, transition, backend and both weights.
+        bytes: of all features.
+    """
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    stages: list[list[int]]
+    gradient: list[tuple[int, ...]]
+    curvature: list[tuple[int, ...]]
+    settings: dict[str, Any] = field(repr=False)
+    bytes: int
+
+    def __str__(self) -> str:
+        stage_of = {index: number for number, stage in enumerate(self.stages) for index in stage}
+        width = max(len(name) for name in self.names)
+        lines = [f"{'#':>3}  {'layer':{width}}  {'shape':20}  {'dtype':8}  stage"]
+        for index, (name, shape, dtype) in enumerate(zip(self.names, self.shapes, self.dtypes, strict=True)):
+            text = "x".join(map(str, shape))
+            kind = str(dtype).removeprefix("torch.")
+            lines.append(
+                f"{index:3}  {name:{width}}  {text:20}  {kind:8}  {stage_of.get(index, '- (no term)')}"
+            )
+        for kind, terms in (("gradient", self.gradient), ("curvature", self.curvature)):
+            text = ", ".join("-".join(map(str, term)) for term in terms) or "none"
+            lines.append(f"{len(terms)} {kind} terms, weight {self.settings[kind]}: {text}")
+        lines.append(
+            ", ".join(f"{k} {v}" for k, v in self.settings.items() if k not in ("gradient", "curvature"))
+        )
+        lines.append(f"features: {self.bytes / 2**20:.2f} MiB")
+        return "\n".join(lines)
+
+
+def describe(flow: FeatureFlow, example_inputs: Any) -> Description:
+    """Run the model once, in eval mode and without autograd, and say what the flow captures; see
+    ``FeatureFlow``."""
+    from .flow import FeatureFlow
+
+    probe = FeatureFlow(
+        flow.model,
+        flow.layers,
+        output=flow.output,
+        capture_eval=True,
+        backend="reference",
+        transition="break",
+    )
+    modes = {module: module.training for module in flow.model.modules()}
+    enabled, flow.enabled = flow.enabled, False
+    try:
+        flow.model.eval()
+        with probe, torch.no_grad():
+            _call(flow.model, example_inputs)
+            captured = probe.captured()
+    finally:
+        flow.enabled = enabled
+        for module, training in modes.items():
+            module.training = training
+    names, features = [name for name, _ in captured], [feature for _, feature in captured]
+    shapes = [tuple(feature.shape) for feature in features]
+    gradient: list[tuple[int, ...]] = []
+    curvature: list[tuple[int, ...]] = []
+    stages = []
+    for stage in make_plan(shapes, flow.options["transition"]).stages:
+        start, stop = stage.first - stage.tail, stage.first + stage.own
+        stages.append(list(range(stage.first, stop)))
+        gradient += [(i, i + 1) for i in range(start + stage.counted_by_earlier, stop - 1)]
+        curvature += [(i, i + 1, i + 2) for i in range(start, stop - 2)]
+    return Description(
+        names=names,
+        shapes=shapes,
+        dtypes=[feature.dtype for feature in features],
+        stages=stages,
+        gradient=gradient,
+        curvature=curvature,
+        settings={"gradient": flow.gradient, "curvature": flow.curvature, **flow.options},
+        bytes=sum(feature.numel() * feature.element_size() for feature in features),
+    )
+
+
+def _call(model: torch.nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+    elif isinstance(inputs, Tensor):
+        model(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        model(*inputs)
+    else:
+        raise TypeError(
+            "example_inputs: expected a tensor, a tuple of positional or a dict of keyword inputs, got "
+            f"{type(inputs).__name__}"
+        )
