@@ -1,4 +1,5 @@
-"""`filter_norms` and `compact_filters`: equal to plain torch for every backend here, and careful about their arguments."""
+"""`filter_norms` and `compact_filters`: equal to plain torch for every backend here, and careful about their
+arguments."""
 
 from __future__ import annotations
 
@@ -53,20 +54,35 @@ def test_norms_of_odd_tensors(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends_here("filter_norms"))
 def test_norms_do_not_overflow_in_half(backend: str) -> None:
-    """The sum of squares of 60000 is infinite in float16 and its norm over 4 elements is not representable either."""
-    assert filter_norms([torch.full((1, 4), 60000.0, dtype=torch.float16)], backend=backend)[0].item() == 120000.0
+    """The sum of squares of 60000 is infinite in float16 and its norm over 4 elements is not representable
+    either."""
+    assert (
+        filter_norms([torch.full((1, 4), 60000.0, dtype=torch.float16)], backend=backend)[0].item()
+        == 120000.0
+    )
 
 
 @pytest.mark.parametrize("backend", backends_here("compact_filters"))
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool,
-              torch.complex64]
+    "dtype",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+    ],
 )
 def test_gather_equals_index_select(backend: str, dim: int, dtype: torch.dtype) -> None:
     listed = [(w * 10).to(dtype) for w in weights()]
     keep = [torch.randperm(w.shape[dim])[: max(1, w.shape[dim] // 2)] for w in listed]
-    for weight, index, got in zip(listed, keep, compact_filters(listed, keep, dim, backend=backend), strict=True):
+    for weight, index, got in zip(
+        listed, keep, compact_filters(listed, keep, dim, backend=backend), strict=True
+    ):
         assert got.dtype == dtype
         assert torch.equal(got, weight.index_select(dim, index))
 
@@ -102,7 +118,9 @@ def test_gather_of_any_shapes(backend: str, data: st.DataObject) -> None:
         torch.tensor(data.draw(st.lists(st.integers(0, t.shape[d] - 1), unique=True)), dtype=torch.int64)
         for t, d in zip(tensors, dims, strict=True)
     ]
-    for t, k, d, got in zip(tensors, keep, dims, compact_filters(tensors, keep, dims, backend=backend), strict=True):
+    for t, k, d, got in zip(
+        tensors, keep, dims, compact_filters(tensors, keep, dims, backend=backend), strict=True
+    ):
         assert torch.equal(got, t.index_select(d, k))
 
 
@@ -114,7 +132,13 @@ W = torch.zeros(4, 3)
     [
         ([W], [torch.tensor([0, 4])], 0, IndexError, r"keep\[0\]: expected indices in \[0, 4\), got 4"),
         ([W], [torch.tensor([-1])], 0, IndexError, "got -1"),
-        ([W, W], [torch.tensor([0]), torch.tensor([1, 1])], 0, ValueError, r"keep\[1\].*unique.*1 more than once"),
+        (
+            [W, W],
+            [torch.tensor([0]), torch.tensor([1, 1])],
+            0,
+            ValueError,
+            r"keep\[1\].*unique.*1 more than once",
+        ),
         ([W], [torch.tensor([0], dtype=torch.int32)], 0, ValueError, "int64"),
         ([W], [torch.tensor([[0]])], 0, ValueError, "1-D"),
         ([W], [torch.tensor([True, False, True, True])], 0, ValueError, "int64"),

@@ -1,4 +1,5 @@
-"""Structured pruning: which filters are dead (`sparsity`), making them so (`zero_small_filters`), taking them out (`compact`).
+"""Structured pruning: which filters are dead (`sparsity`), making them so (`zero_small_filters`), taking them
+out (`compact`).
 
 Submodules load when a name is first used, because `compact` needs `torch.export`, which is slow to import.
 """

@@ -17,14 +17,14 @@ def compact_filters(
 ) -> list[Tensor]:
     """The slices ``keep[i]`` of ``tensors[i]`` along ``dim``, in one launch.
 
-    Equal to ``[t.index_select(dim, k) for t, k in zip(tensors, keep)]``, except that each result keeps the memory format
-    of its tensor (channels_last weights stay channels_last).
+    Equal to ``[t.index_select(dim, k) for t, k in zip(tensors, keep)]``, except that each result keeps the
+    memory format of its tensor (channels_last weights stay channels_last).
 
     Args:
-        tensors: Tensors of any shapes, dtypes and dense layouts, mixed as they come (weights, biases, buffers,
-            gradients, optimizer state).
-        keep: One 1-D int64 tensor per tensor: unique indices in range, in the order wanted. One index tensor may serve
-            many tensors; it is checked once and moved to the device once.
+        tensors: Tensors of any shapes, dtypes and dense layouts, mixed as they come (weights, biases,
+            buffers, gradients, optimizer state).
+        keep: One 1-D int64 tensor per tensor: unique indices in range, in the order wanted. One index tensor
+            may serve many tensors; it is checked once and moved to the device once.
         dim: The dimension to select along: one number for all, or one per tensor.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
@@ -33,7 +33,8 @@ def compact_filters(
 
     Raises:
         TypeError: an argument is not a sequence of tensors.
-        ValueError: ``keep`` is not 1-D int64, has a duplicate, or is not one per tensor; ``dim`` does not exist.
+        ValueError: ``keep`` is not 1-D int64, has a duplicate, or is not one per tensor; ``dim`` does not
+        exist.
         IndexError: an index is negative or too large.
         All are raised before anything is computed.
     """
@@ -64,13 +65,16 @@ def compact_filters(
     return results
 
 
-def _gather(sources: list[Tensor], keep: list[Tensor], dims: list[int], results: list[Tensor], backend: str) -> None:
+def _gather(
+    sources: list[Tensor], keep: list[Tensor], dims: list[int], results: list[Tensor], backend: str
+) -> None:
     if backend == "reference":
         for source, index, dim, result in zip(sources, keep, dims, results, strict=True):
             torch.index_select(source.detach(), dim, index, out=result)
         return
     dense, orders = zip(*(as_contiguous(t) for t in sources), strict=True)
-    # The result was allocated in the order of its tensor, so the same permutation makes it contiguous, as a view.
+    # The result was allocated in the order of its tensor, so the same permutation makes it contiguous, as a
+    # view.
     outs = [r.permute(stride_order(t)) for r, t in zip(results, sources, strict=True)]
     ops.filter_kernels(backend).compact(
         list(dense), keep, [order.index(d) for order, d in zip(orders, dims, strict=True)], outs

@@ -1,4 +1,5 @@
-"""Memory layouts for the pruning kernels: they see contiguous tensors, whatever order the strides of the user's are in."""
+"""Memory layouts for the pruning kernels: they see contiguous tensors, whatever order the strides of the
+user's are in."""
 
 from __future__ import annotations
 
@@ -23,13 +24,16 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
 
 
 def stride_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the largest stride to the smallest. The sort is stable, so that a [O, I, 1, 1] weight in
-    channels_last, whose strides (I, 1, I, I) tie, comes out as channels_last and not as contiguous."""
-    return sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    """The dimensions from the largest stride to the smallest. The sort is stable, so that a [O, I, 1, 1]
+    weight in channels_last, whose strides (I, 1, I, I) tie, comes out as channels_last and not as
+    contiguous."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda d: -strides[d])
 
 
 def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its dimensions."""
+    """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its
+    dimensions."""
     order = stride_order(tensor)
     return tensor.detach().permute(order).contiguous(), order
 

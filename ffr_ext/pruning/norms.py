@@ -28,13 +28,13 @@ def filter_norms(
     Args:
         weights: Dense tensors of any shapes, float16, bfloat16, float32 or float64, mixed as they come.
         p: 1, 2 or ``math.inf``.
-        dim: The dimension whose slices are the filters: 0 for the out-filters of a convolution or linear layer, 1 for
-            in-channels. One number for all, or one per weight.
+        dim: The dimension whose slices are the filters: 0 for the out-filters of a convolution or linear
+            layer, 1 for in-channels. One number for all, or one per weight.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        One 1-D tensor of ``w.shape[dim]`` norms per weight, on its device; float64 for float64 weights, else float32.
-        Not differentiable.
+        One 1-D tensor of ``w.shape[dim]`` norms per weight, on its device; float64 for float64 weights, else
+        float32. Not differentiable.
 
     Raises:
         TypeError: ``weights`` is not a sequence of tensors.

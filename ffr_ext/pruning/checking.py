@@ -1,0 +1,133 @@
+"""Does the compact model compute the same? Both are run on the example and on random inputs of the same
+shapes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .tracing import evaluating
+
+# Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
+# in another order differ by a few units of the last place per layer; half precision is checked in float64,
+# where only the rounding of absorbed biases is left.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+class Mismatch(Exception):
+    """The compact model fails, or computes something else."""
+
+
+class Check:
+    """The source's outputs, kept to compare candidates with."""
+
+    def __init__(self, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.source = source
+        self.calls = [(args, kwargs), _random_call(args, kwargs)]
+        self.references = [_outputs(source, *call) for call in self.calls]
+        if not any(self.references):
+            raise ValueError(
+                f"compact: {type(source).__name__} returns no tensors for example_inputs, so nothing can "
+                "be compared"
+            )
+        self.max_output = max((_largest(t) for r in self.references for t in r), default=0.0)
+        dtypes = {p.dtype for p in source.parameters() if p.is_floating_point()} or {torch.float32}
+        self.dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0))
+        self._double: tuple[nn.Module, list[list[Tensor]]] | None = None
+
+    def error(self, candidate: nn.Module) -> float:
+        """Largest difference of the outputs in the models' own dtype. Mismatch where the candidate cannot
+        run."""
+        return max(
+            _difference(reference, self._run(candidate, call))
+            for call, reference in zip(self.calls, self.references, strict=True)
+        )
+
+    def require_equal(self, candidate: nn.Module) -> float:
+        """`error`, or Mismatch where it is more than rounding."""
+        error = self.error(candidate)
+        allowed = TOLERANCE.get(self.dtype, 1e-5) * max(self.max_output, 1e-3)
+        if error <= allowed and self.dtype in (torch.float32, torch.float64):
+            return error
+        if self.dtype == torch.float64:
+            raise Mismatch(f"the outputs differ by {error:.3g}")
+        exact = self._error_in_double(candidate)
+        if exact > allowed:
+            raise Mismatch(f"the outputs differ by {exact:.3g} in float64, {error:.3g} in {self.dtype}")
+        return error
+
+    def _run(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+        try:
+            return _outputs(model, *call)
+        except Exception as error:  # the model's own code decides what a wrong size raises
+            raise Mismatch(f"{type(error).__name__}: {error}") from error
+
+    def _error_in_double(self, candidate: nn.Module) -> float:
+        """What is left without rounding: both models and the inputs in float64."""
+        calls = [pytree.tree_map(_to_double, call) for call in self.calls]
+        if self._double is None:
+            source = copy.deepcopy(self.source).double()
+            self._double = source, [self._run(source, c) for c in calls]
+        compact = copy.deepcopy(candidate).double()
+        return max(_difference(r, self._run(compact, c)) for c, r in zip(calls, self._double[1], strict=True))
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    # Inputs are copied: a model may write to them.
+    args, kwargs = pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
+    with evaluating(model):
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _difference(reference: list[Tensor], outputs: list[Tensor]) -> float:
+    if [r.shape for r in reference] != [o.shape for o in outputs]:
+        raise Mismatch(
+            f"output shapes {[tuple(o.shape) for o in outputs]}, expected "
+            f"{[tuple(r.shape) for r in reference]}"
+        )
+    largest = 0.0
+    for r, o in zip(reference, outputs, strict=True):
+        if r.numel() == 0:
+            continue
+        same = (r == o) | (r.isnan() & o.isnan())
+        difference = torch.where(same, 0.0, (r.double() - o.double()).abs())
+        if bool(difference.isnan().any()):
+            return float("inf")
+        largest = max(largest, float(difference.max()))
+    return largest
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.double().abs()
+    finite = finite[finite.isfinite()]
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _random_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the same shapes: normal numbers of the example's mean and deviation; whole numbers (tokens,
+    masks) are the example's in another order, because nobody here knows which values are valid. A fixed seed:
+    all ranks make the same."""
+    generator = torch.Generator().manual_seed(0x5EED)
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() < 2:
+            return value
+        if not value.is_floating_point():
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            return value.reshape(-1)[order].reshape(value.shape)
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        deviation = value.double().std()
+        deviation = deviation if bool(deviation > 0) else torch.ones_like(deviation)
+        return (noise * deviation + value.double().mean()).to(value.dtype)
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fresh, (args, kwargs))
+    return result
+
+
+def _to_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

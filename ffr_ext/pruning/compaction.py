@@ -1,0 +1,286 @@
+"""`compact`: dead channels leave a model, and it computes the same function. START HERE for the pruning side.
+
+tracing -> analysis (rules_*: what each op does to channels and constants) -> liveness (which may leave) ->
+planning (the plan) -> cutting (the tensors) -> checking (against the source) -> report.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import optimizer as optimizer_state
+from .analysis import Analysis
+from .branches import dead_branches
+from .checking import Check, Mismatch
+from .distributed import check_same_on_all_ranks
+from .liveness import Options, Solver
+from .plan import CompactionPlan, check_plain_module, source_shapes
+from .planning import make_plan
+from .report import (
+    CompactionReport,
+    channel_sets,
+    count_bytes,
+    count_flops,
+    count_parameters,
+    measure_latency,
+)
+from .tracing import as_call, trace
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """The result of `compact`: the smaller ``model``, the ``plan`` to make another one so, the ``report``."""
+
+    model: nn.Module
+    plan: CompactionPlan
+    report: CompactionReport
+
+
+def compact(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    strict: bool = True,
+    inplace: bool = False,
+    measure: bool = True,
+) -> Compaction:
+    """Take the dead channels out of a model, exactly or not at all.
+
+    The model is traced with ``torch.export`` in eval mode. A channel leaves if it is the constant 0, or a
+    constant that all its readers absorb in their biases, or if nobody reads it, together with all channels
+    coupled to it (residual additions, depthwise convolutions, groups). Everything else stays, and the report
+    says why. The result is run against ``model`` before it is returned; what does not hold is not removed.
+
+    Args:
+        model: Any module that ``torch.export`` can trace. It is not changed, unless ``inplace``.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; their shapes are what is
+        traced.
+        optimizer: The optimizer that trains ``model``. Its parameters and their state (of any optimizer whose
+            state has its parameter's shape: SGD, Adam, AdamW, ...) are exchanged in place: it goes on with
+            the result.
+        round_to: Channel counts that change become multiples of it, by keeping the strongest dead channels.
+        min_channels: What a layer whose channels are all dead keeps.
+        strict: False also removes a constant that its reader cannot absorb exactly (other than 0, in front of
+            a zero-padded convolution). It goes into the bias at the value it has away from the border, and
+            ``report.max_error`` says what that did to the outputs.
+        inplace: Cut ``model`` itself. Otherwise the result is a deep copy, without the source's hooks.
+        measure: Measure the latency of both models for the report.
+
+    Returns:
+        `Compaction` (model, plan, report). The model consists of the user's own modules with smaller
+        parameters; devices, dtypes, memory formats, ``requires_grad``, training mode, tied parameters and
+        buffers are as they were.
+
+    Raises:
+        ValueError: the model cannot be traced, is wrapped (DDP, FSDP, ``torch.compile``), an argument is out
+            of range, or the optimizer keeps a state that cannot be cut. Nothing is changed then.
+        RuntimeError: under ``torch.distributed``, the ranks would remove different channels.
+    """
+    check_plain_module(model, "compact")
+    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    args, kwargs = as_call(example_inputs)
+    check = Check(model, args, kwargs)
+    search = _Search(model, args, kwargs, check, Options(round_to, min_channels))
+    with check_same_on_all_ranks() as agree:
+        found = search.run(strict)
+        agree(found.plan.digest())
+
+    result = found.candidate
+    if inplace:
+        before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))
+        source = copy.deepcopy(model) if measure else model
+        found.plan.apply(model, optimizer)
+        result = model
+    else:
+        before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))
+        source = model
+        if optimizer is not None:
+            try:
+                optimizer_state.carry_over(optimizer, model, result, found.plan)
+            except optimizer_state.OptimizerError as error:
+                raise ValueError(str(error)) from error
+    after = (count_parameters(result), count_flops(result, args, kwargs), count_bytes(result))
+    report = CompactionReport(
+        parameters=(before[0], after[0]),
+        flops=(before[1], after[1]),
+        bytes=(before[2], after[2]),
+        latency=measure_latency((source, result), args, kwargs) if measure else None,
+        max_error=found.error,
+        max_output=check.max_output,
+        sets=channel_sets(found.solver, found.removed),
+        replaced=dict(found.plan.replaced),
+        unknown_ops=dict(found.solver.analysis.unknown),
+        notes=found.notes,
+    )
+    return Compaction(result, found.plan, report)
+
+
+@dataclass
+class _Found:
+    candidate: nn.Module
+    plan: CompactionPlan
+    error: float
+    solver: Solver
+    removed: Tensor
+    notes: list[str]
+
+
+class _Search:
+    """Looks for the largest plan that the check confirms."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Check, options: Options
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.check, self.options = check, options
+        self.source = source_shapes(model)
+        self.notes: list[str] = []
+
+    def run(self, strict: bool) -> _Found:
+        replaced, analysis = self._replace_branches()
+        solver = Solver(analysis, self.options)
+        forbidden = torch.zeros(len(solver.sets), dtype=torch.bool)
+        removed, plan, candidate, error = self._largest(solver, replaced, forbidden)
+        if not strict:
+            # What the forward code forbids is found with exact removals, where a difference means a mistake.
+            solver = Solver(Analysis(analysis.graph, strict=False), self.options)
+            removed = solver.solve(forbidden)
+            plan = make_plan(solver, removed, self.source, replaced)
+            candidate = self._cut(plan)
+            error = self.check.error(candidate)
+        for channel in (forbidden & ~solver.sets.pinned).nonzero().flatten().tolist():
+            solver.reasons.setdefault(channel, "the forward code depends on its size")
+        return _Found(candidate, plan, error, solver, removed, self.notes)
+
+    def _cut(self, plan: CompactionPlan) -> nn.Module:
+        candidate = _copy_without_hooks(self.model)
+        plan.apply(candidate)
+        return candidate
+
+    def _replace_branches(self) -> tuple[Mapping[str, str], Analysis]:
+        """The dead branches that can be replaced, confirmed by a run, and the analysis of the model without
+        them."""
+        base = _copy_without_hooks(self.model)
+        try:
+            self.check.require_equal(base)
+        except Mismatch as error:
+            raise ValueError(
+                f"compact: a copy of {type(self.model).__name__} without its hooks computes something "
+                f"else ({error}); "
+                "remove the hooks that change values first (torch.nn.utils.prune.remove, "
+                "remove_parametrizations)"
+            ) from error
+        analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
+        found = dead_branches(analysis)
+        holding = self._confirmed(list(found), lambda paths: self._replacement_holds(found, paths))
+        replaced = {path: found[path] for path in holding}
+        if replaced:
+            base = self._cut(CompactionPlan(self.source, replaced=replaced))
+            analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
+        return replaced, analysis
+
+    def _replacement_holds(self, found: Mapping[str, str], paths: list[str]) -> bool:
+        try:
+            self.check.require_equal(
+                self._cut(CompactionPlan(self.source, replaced={p: found[p] for p in paths}))
+            )
+        except Mismatch as error:
+            if len(paths) == 1:
+                self.notes.append(f"{paths[0]} is dead as a whole, but cannot be replaced: {error}")
+            return False
+        return True
+
+    def _largest(
+        self, solver: Solver, replaced: Mapping[str, str], forbidden: Tensor
+    ) -> tuple[Tensor, CompactionPlan, nn.Module, float]:
+        """The removal of as many families of channels as the check confirms; the others go into
+        `forbidden`."""
+        attempts: dict[tuple[int, ...], tuple[Tensor, CompactionPlan, nn.Module, float]] = {}
+        families = solver.family[solver.solve()].unique().tolist()
+
+        def holds(chosen: list[int]) -> bool:
+            others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64)
+            barred = torch.isin(solver.family, others)
+            removed = solver.solve(barred)
+            plan = make_plan(solver, removed, self.source, replaced)
+            candidate = self._cut(plan)
+            try:
+                error = self.check.require_equal(candidate)
+            except Mismatch as mismatch:
+                if len(chosen) == 1 or not chosen:
+                    self.notes.append(_cannot_leave(solver, chosen, mismatch))
+                return False
+            attempts.clear()
+            attempts[tuple(chosen)] = (removed, plan, candidate, error)
+            return True
+
+        chosen = self._confirmed(families, holds)
+        if tuple(chosen) not in attempts and not holds(chosen):
+            raise ValueError(f"compact: nothing could be removed without a change: {self.notes[-1]}")
+        forbidden |= torch.isin(
+            solver.family, torch.tensor([f for f in families if f not in chosen], dtype=torch.int64)
+        )
+        removed, plan, candidate, error = attempts[tuple(chosen)]
+        solver.solve(forbidden)  # its reasons are those of the last call
+        return removed, plan, candidate, error
+
+    def _confirmed(self, items: list[Any], holds: Any) -> list[Any]:
+        """The items that hold together: all at once, or by halves."""
+        if not items or holds(items):
+            return items
+        accepted: list[Any] = []
+
+        def add(some: list[Any]) -> None:
+            if len(some) == 1 and len(items) == 1:
+                return
+            if holds(accepted + some):
+                accepted.extend(some)
+            elif len(some) > 1:
+                add(some[: len(some) // 2])
+                add(some[len(some) // 2 :])
+
+        half = len(items) // 2
+        if half:
+            add(items[:half])
+            add(items[half:])
+        return accepted
+
+
+def _cannot_leave(solver: Solver, chosen: list[int], mismatch: Mismatch) -> str:
+    if not chosen:
+        return str(mismatch)
+    axes = [
+        f"{n}[{d}]"
+        for (n, d), channels in solver.axes.items()
+        if int(solver.family[channels[0]]) == chosen[0]
+    ]
+    return f"{', '.join(axes[:4])} stay: without their dead channels the forward code fails: {mismatch}"
+
+
+def _copy_without_hooks(model: nn.Module) -> nn.Module:
+    """A deep copy. Hooks that watch (features, timing) stay with the source; those of torch itself, which
+    compute weights from other parameters, come along."""
+    result = copy.deepcopy(model)
+    for (_, old), (_, new) in zip(model.named_modules(), result.named_modules(), strict=True):
+        for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+                     "_backward_hooks", "_backward_pre_hooks"):  # fmt: skip
+            getattr(new, name).clear()
+        for key, hook in list(new._forward_pre_hooks.items()):
+            if not type(hook).__module__.startswith("torch.nn.utils"):
+                del new._forward_pre_hooks[key]
+        for tensor_name, tensor in old._parameters.items():
+            copied = new._parameters[tensor_name]
+            if tensor is not None and tensor.grad is not None and copied is not None and copied.grad is None:
+                copied.grad = tensor.grad.detach().clone()
+    return result

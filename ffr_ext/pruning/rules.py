@@ -1,0 +1,229 @@
+"""The table of op rules, and the rules that hold for whole families of ops.
+
+A rule is `rule(analysis, node, arguments) -> Flow`, with the arguments by name and flows in the place of
+tensors. It returns a list for an op with several results, and None where this use of the op is beyond it;
+then the op counts as unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from . import states
+from .analysis import MAX_FOLDED, Analysis, Flow, meta_shape
+from .states import State
+from .tracing import op_name, where
+
+Rule = Callable[[Analysis, Node, dict[str, Any]], Any]
+
+_RULES: dict[str, Rule] = {}
+
+# Pointwise ops that torch does not tag as such.
+_UNTAGGED_POINTWISE = {
+    "hardswish",
+    "log_sigmoid",
+    "hardshrink",
+    "softshrink",
+    "rsub",
+    "square",
+    "__and__",
+    "__or__",
+}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+def find_rule(node: Node) -> Rule | None:
+    from . import rules_layers, rules_norms, rules_shape  # noqa: F401  they fill the table
+
+    name = op_name(node)
+    tags = getattr(node.target, "tags", [])
+    if torch.Tag.inplace in tags:
+        name = name.removesuffix("_")
+    if name in _RULES:
+        return _RULES[name]
+    if torch.Tag.nondeterministic_seeded in tags or name.startswith(("empty", "new_empty")):
+        return None
+    if torch.Tag.pointwise in tags or name in _UNTAGGED_POINTWISE:
+        return pointwise
+    return fold
+
+
+def pointwise(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | None:
+    """Every result element is made from the elements at its own place: labels go through, the state is the op
+    of states."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return None
+    shape = meta_shape(node)
+    flows = [
+        analysis.flows.get(a) for a in pytree.tree_leaves([node.args, node.kwargs]) if isinstance(a, Node)
+    ]
+    operands = [f for f in flows if isinstance(f, Flow)]
+    if len(operands) != len(flows):
+        return None
+    labels = combined_labels(analysis, node, operands, shape)
+    return Flow(shape, labels, _pointwise_state(analysis, node, operands, len(shape)))
+
+
+def combined_labels(
+    analysis: Analysis, node: Node, operands: list[Flow], shape: tuple[int, ...]
+) -> tuple[Tensor | None, ...]:
+    """The labels of operands that are combined index by index, with broadcasting."""
+    reason = f"combined by {where(node)} with a tensor that has no channels there"
+    labels: list[Tensor | None] = []
+    for dim in range(-len(shape), 0):
+        present = [
+            f.labels[dim]
+            for f in operands
+            if f.rank >= -dim and f.shape[dim] == shape[dim] and shape[dim] > 1
+        ]
+        result = present[0] if present else None
+        analysis.sets.claim(result)
+        for other in present[1:]:
+            result = analysis.unify(result, other, reason)
+        labels.append(result)
+    return tuple(labels)
+
+
+def _pointwise_state(analysis: Analysis, node: Node, operands: list[Flow], rank: int) -> State:
+    live = torch.zeros((1,) * rank, dtype=torch.bool)
+    for flow in operands:
+        live = live | flow.state.live
+    name = op_name(node).removesuffix("_")
+    if name == "mul" and len(operands) == 2:  # 0 times anything finite
+        live = live & ~(operands[0].state.zero() | operands[1].state.zero())
+    if bool(live.all()):
+        return states.live(rank)
+    value = _evaluate(node, lambda a: analysis.flows[a].state.value)
+    return states.live(rank) if value is None else states.make(value, live)
+
+
+def _evaluate(node: Node, value_of: Callable[[Node], Tensor]) -> Tensor | None:
+    """The op, out of place, on other tensors; None where it cannot take them."""
+    args, kwargs = pytree.tree_map(
+        lambda a: value_of(a) if isinstance(a, Node) else a, (node.args, dict(node.kwargs))
+    )
+    for key in ("device", "layout", "pin_memory", "memory_format"):
+        kwargs.pop(key, None)
+    target: Any = node.target
+    if torch.Tag.inplace in getattr(target, "tags", []):
+        packet = getattr(torch.ops.aten, op_name(node).removesuffix("_"), None)
+        target = getattr(packet, target._overloadname, None)
+    if target is None:
+        return None
+    # States have other dtypes and sizes than the tensors they speak of, and not every op takes every
+    # combination.
+    with contextlib.suppress(Exception):
+        result = target(*args, **kwargs)
+        return result if isinstance(result, Tensor) else None
+    return None
+
+
+def fold(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | None:
+    """An op without a rule whose inputs are all constant (or that has none, like arange): compute it."""
+    value = node.meta.get("val")
+    flows = [
+        analysis.flows.get(a) for a in pytree.tree_leaves([node.args, node.kwargs]) if isinstance(a, Node)
+    ]
+    if (
+        not isinstance(value, Tensor)
+        or getattr(node.target, "_schema", None) is None
+        or value.numel() > MAX_FOLDED
+    ):
+        return None
+    if not all(isinstance(f, Flow) and f.state.all_constant() for f in flows):
+        return None
+    result = _evaluate(node, lambda a: analysis.flows[a].state.value.expand(analysis.flows[a].shape))
+    if result is None or tuple(result.shape) != tuple(value.shape):
+        return None
+    for flow in flows:
+        if isinstance(flow, Flow):
+            for labels in flow.labels:
+                analysis.sets.claim(labels)
+            analysis.pin(flow, f"read by {where(node)}")
+    return Flow(tuple(value.shape), (None,) * value.dim(), states.constant(result))
+
+
+@rule("zeros_like", "ones_like", "full_like")
+def _filled_like(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
+    flow = bound["self"]
+    fill = {"zeros_like": 0.0, "ones_like": 1.0}.get(op_name(node), bound.get("fill_value"))
+    return Flow(
+        flow.shape, flow.labels, states.constant(torch.full((1,) * flow.rank, float(fill or 0.0)).double())
+    )
+
+
+@rule("new_zeros", "new_ones", "new_full")
+def _filled(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
+    shape = meta_shape(node)
+    fill = {"new_zeros": 0.0, "new_ones": 1.0}.get(op_name(node), bound.get("fill_value"))
+    return Flow(
+        shape,
+        (None,) * len(shape),
+        states.constant(torch.full((1,) * len(shape), float(fill or 0.0)).double()),
+    )
+
+
+@rule("to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "positive")
+def _same_values(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
+    flow = bound["self"]
+    dtype = node.meta["val"].dtype
+    value = flow.state.value
+    if dtype.is_floating_point != value.dtype.is_floating_point or dtype == torch.bool:
+        value = value.to(dtype)
+    return Flow(flow.shape, flow.labels, State(value, flow.state.live))
+
+
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+def _dropout(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    flow: Flow = bound["input"] if "input" in bound else bound["self"]
+    return None if bound["train"] else Flow(flow.shape, flow.labels, flow.state)
+
+
+@rule("prelu")
+def _prelu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    flow, slope = bound["self"], bound["weight"]
+    value, live = flow.state.value, flow.state.live
+    labels = list(flow.labels)
+    factor = slope.state.value.double()
+    if slope.shape[0] > 1:
+        reason = f"combined by {where(node)} with a tensor that has no channels there"
+        labels[1] = analysis.unify(flow.labels[1], slope.labels[0], reason)
+        factor = states.along(factor, 1, flow.rank)
+    if not slope.state.all_constant():
+        return None
+    return Flow(
+        flow.shape,
+        tuple(labels),
+        states.make(
+            torch.where(value > 0, value, factor * value), live | torch.zeros_like(factor, dtype=torch.bool)
+        ),
+    )
+
+
+@rule("glu")
+def _glu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    from .rules_shape import parts_of
+
+    halves = parts_of(
+        analysis, node, bound["self"], bound["dim"], [bound["self"].shape[bound["dim"]] // 2] * 2
+    )
+    shape = halves[0].shape
+    labels = combined_labels(analysis, node, halves, shape)
+    a, b = halves[0].state, halves[1].state
+    live = (a.live | b.live) & ~a.zero()
+    return Flow(shape, labels, states.make(a.value.double() * b.value.double().sigmoid(), live))

@@ -1,0 +1,100 @@
+"""The effective scale of a filter: how much of it is left, whatever is rescaled around it.
+
+Behind a batch norm it is |gamma| sqrt(var / (var + eps)), the standard deviation of its channel after the
+norm. Scaling the filter, or its inputs, together with the norm's statistics changes nothing there. (|gamma|
+||W|| / sqrt(var + eps) would
+change: weight decay shrinks W and var together, and so it finds dead filters by chance.) Without a norm it is
+the filter's L2 norm. A filter of zeros has scale 0 in any case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .norms import filter_norms
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with filters: a convolution or a linear layer."""
+
+    name: str
+    module: nn.Module
+    dim: int  # of its weight: the filters
+    norm_name: str | None  # the batch norm right behind it
+    norm: nn.Module | None
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Any = self.module.weight
+        return weight
+
+    @property
+    def filters(self) -> int:
+        return int(self.weight.shape[self.dim])
+
+
+def filter_dim(module: nn.Module) -> int | None:
+    """The dimension of `module.weight` that counts the filters, or None for a module without filters."""
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        return None
+    if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+        return 0
+    if isinstance(module, _TRANSPOSED):
+        return (
+            1
+            if module.groups == 1
+            else 0
+            if module.groups == module.in_channels == module.out_channels
+            else None
+        )
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' linear layer of GPT-2
+        return 1
+    return None
+
+
+def find_layers(model: nn.Module, example_inputs: Any = None) -> list[Layer]:
+    """Every layer with filters, once, with the batch norm behind it.
+
+    With `example_inputs` the exported graph says which norm that is: the one whose input is the layer's
+    output and nothing else reads. Without them `pair_by_structure` reads it off the modules.
+    """
+    from .pairing import pair_by_graph, pair_by_structure
+
+    pairs = pair_by_structure(model) if example_inputs is None else pair_by_graph(model, example_inputs)
+    layers = []
+    for name, module in model.named_modules():
+        dim = filter_dim(module)
+        if dim is None:
+            continue
+        norm_name = pairs.get(name)
+        norm = model.get_submodule(norm_name) if norm_name is not None else None
+        layers.append(Layer(name, module, dim, norm_name, norm))
+    return layers
+
+
+def effective_scales(layers: list[Layer]) -> list[Tensor]:
+    """One tensor of scales per layer, on its device, in float32 or float64; all filter norms in one
+    launch."""
+    norms = filter_norms([layer.weight.detach() for layer in layers], 2, [layer.dim for layer in layers])
+    return [_scale(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
+
+
+def _scale(layer: Layer, norms: Tensor) -> Tensor:
+    norm: Any = layer.norm
+    if norm is None:
+        return norms
+    scale = torch.ones_like(norms) if norm.weight is None else norm.weight.detach().to(norms.dtype).abs()
+    if norm.running_var is not None:  # else the batch's own variance, far above eps: a factor of 1
+        variance = norm.running_var.to(norms.dtype)
+        scale = scale * (variance / (variance + norm.eps)).sqrt()
+    return torch.where(norms == 0, torch.zeros_like(scale), scale)
