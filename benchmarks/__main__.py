@@ -12,10 +12,10 @@ import argparse
 
 import torch
 
-from . import bench_loss, results
-from .harness import QUICK, Effort
+from . import bench_loss, bench_scaling, bench_step, report, results
+from .harness import QUICK, Options
 
-BENCHES = {"loss": bench_loss.main}
+BENCHES = {"loss": bench_loss.main, "scaling": bench_scaling.main, "step": bench_step.main}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument(
-        "--quick", action="store_true", help="two rounds: everything runs, no number means anything"
+        "--tiny", action="store_true", help="tiny shapes, two rounds, nothing written: a smoke test"
     )
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args(arguments)
@@ -42,12 +42,21 @@ def main(arguments: list[str] | None = None) -> int:
         for name, run in BENCHES.items():
             if options.bench not in ("all", name):
                 continue
-            effort = QUICK if options.quick else Effort()
             rows = run(
-                options.device, options.only, options.providers, options.modes, effort, results.print_table
+                Options(
+                    device=options.device,
+                    only=options.only,
+                    providers=options.providers,
+                    modes=options.modes,
+                    effort=QUICK if options.tiny else None,
+                    tiny=options.tiny,
+                    report=results.print_table,
+                )
             )
-            if not options.no_write:
+            if not (options.no_write or options.tiny):
                 print(f"wrote {results.write(name, rows, options.device)}")
+    if options.bench == "report" or (options.bench == "all" and not (options.no_write or options.tiny)):
+        report.main()
     return 0
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from ffr_ext import backends, ffr_loss, ops, reference
 
 from .first_call import first_call_rows
-from .harness import Effort, Row, Subject, measure
-from .shapes import SETTINGS, Setting, make_features
+from .harness import Effort, Options, Row, Subject, measure
+from .shapes import SETTINGS, Setting, make_features, shrink
 from .truth import Truth
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
 
 MODES = ("forward", "backward", "both")
 DTYPES = {
@@ -103,22 +106,22 @@ class Case:
 # --------------------------------------------------------------------------------------------------
 
 
-def eager(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+def eager(case: Case) -> Loss:
     """The plain torch expression, op by op."""
     return lambda features: reference.ffr_loss(features, **case.options)
 
 
-def compiled(case: Case) -> Callable[[Sequence[Tensor]], Tensor]:
+def compiled(case: Case) -> Loss:
     """The same expression, compiled for exactly these shapes."""
     return torch.compile(eager(case), dynamic=False, fullgraph=True)
 
 
-def ours(backend: str) -> Callable[[Case], Callable[[Sequence[Tensor]], Tensor]]:
+def ours(backend: str) -> Callable[[Case], Loss]:
     """`ffr_loss` on one backend."""
     return lambda case: lambda features: ffr_loss(features, backend=backend, **case.options)
 
 
-PROVIDERS: dict[str, Callable[[Case], Callable[[Sequence[Tensor]], Tensor]]] = {
+PROVIDERS: dict[str, Callable[[Case], Loss]] = {
     "eager": eager,
     "compile": compiled,
     "cpu": ours("cpu"),
@@ -135,9 +138,7 @@ def providers_here(device: torch.device | str) -> list[str]:
     return ["eager", "compile", *(name for name in fused if status[name].available)]
 
 
-def subject(
-    run: Callable[[Sequence[Tensor]], Tensor], features: list[Tensor], mode: str, truth: Truth
-) -> Subject:
+def subject(run: Loss, features: list[Tensor], mode: str, truth: Truth) -> Subject:
     """One provider in one mode, with the comparison of exactly what was timed."""
 
     def both() -> tuple[Tensor, Sequence[Tensor]]:
@@ -166,6 +167,7 @@ def run_case(
     modes: Sequence[str],
     device: torch.device | str,
     effort: Effort | None = None,
+    bench: str = "loss",
 ) -> list[Row]:
     """All rows of one case."""
     torch.compiler.reset()
@@ -177,15 +179,16 @@ def run_case(
         return by_copy[copy]
 
     truth = Truth(inputs(0), case.options)
+
+    def make(run: Loss, mode: str, copy: int) -> Subject:
+        return subject(run, inputs(copy), mode, truth)
+
     functions = {name: PROVIDERS[name](case) for name in providers}
     rows = []
     for mode in modes:
-        build = {
-            name: lambda copy, run=run: subject(run, inputs(copy), mode, truth)  # noqa: B023  (used before it changes)
-            for name, run in functions.items()
-        }
+        build = {name: partial(make, run, mode) for name, run in functions.items()}
         rows += measure(
-            "loss",
+            bench,
             case.name,
             mode,
             build,
@@ -203,57 +206,51 @@ def run_case(
 # --------------------------------------------------------------------------------------------------
 
 
-def cases(device: torch.device | str, only: Sequence[str] = ()) -> Iterator[Case]:
-    """Every setting in its usual form, then ResNet-56 in every dtype, layout and norm.
+def cases(device: torch.device | str, options: Options) -> Iterator[Case]:
+    """Every setting in its usual form, then ResNet-56 in every dtype, layout and norm ("variants").
 
     The usual form is fp32 contiguous on a CPU; on a GPU bf16 channels_last is measured as well.
     """
     gpu = torch.device(device).type == "cuda"
-    for setting in SETTINGS.values():
-        if (only and setting.name not in only) or (setting.gpu_only and not gpu):
+    change = shrink if options.tiny else lambda setting: setting
+    for setting in map(change, SETTINGS.values()):
+        if not options.wants("only", setting.name) or (setting.gpu_only and not gpu):
             continue
         batch = setting.batch_on(device)
         if not setting.gpu_only:
             yield Case(setting, batch)
         if gpu:
             yield Case(setting, batch, dtype="bfloat16", layout="channels_last")
-    if only and "variants" not in only:
+    if not options.wants("only", "variants"):
         return
-    usual = Case(SETTINGS["resnet56"], SETTINGS["resnet56"].batch_on(device))
+    network = change(SETTINGS["resnet56"])
+    plain = Case(network, network.batch_on(device))
     for dtype in ("bfloat16", "float16", "float64"):
-        yield replace(usual, dtype=dtype)
-    yield replace(usual, layout="channels_last")
+        yield replace(plain, dtype=dtype)
+    yield replace(plain, layout="channels_last")
     for norm in ("l2_squared", "l2"):
-        yield replace(usual, norm=norm)
-    yield replace(usual, norm="l2", curvature_kind="angle")
+        yield replace(plain, norm=norm)
+    yield replace(plain, norm="l2", curvature_kind="angle")
+    form = {"dtype": "bfloat16", "layout": "channels_last"} if gpu else {}
     for batch in (1, 4, 16, 64, 256):  # speed-up by size
-        yield replace(usual, batch=batch)
+        yield replace(plain, batch=batch, **form)
 
 
 FIRST_CALLS = ("tiny9", "resnet56")
 
 
-def main(
-    device: torch.device | str,
-    only: Sequence[str] = (),
-    providers: Sequence[str] = (),
-    modes: Sequence[str] = (),
-    effort: Effort | None = None,
-    report: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
+def main(options: Options) -> list[Row]:
     """Measure, reporting each case as it is done."""
-    chosen = [p for p in providers_here(device) if not providers or p in providers]
+    chosen = [p for p in providers_here(options.device) if options.wants("providers", p)]
+    modes = [m for m in MODES if options.wants("modes", m)]
     rows: list[Row] = []
-    for case in cases(device, only):
-        # Compiling takes seconds for every case: where only our own speed differs, the peer need not be
-        # there.
-        got = run_case(case, chosen, [m for m in MODES if not modes or m in modes], device, effort)
-        report(got)
+    for case in cases(options.device, options) if modes else ():
+        got = run_case(case, chosen, modes, options.device, options.effort)
+        options.report(got)
         rows += got
-    if not modes or "first" in modes:
-        for name in FIRST_CALLS:
-            if not only or name in only:
-                got = first_call_rows(name, chosen, device)
-                report(got)
-                rows += got
+    for name in FIRST_CALLS if options.wants("modes", "first") else ():
+        if options.wants("only", name):
+            got = first_call_rows(name, chosen, options.device)
+            options.report(got)
+            rows += got
     return rows

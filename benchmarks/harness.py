@@ -59,6 +59,28 @@ QUICK = Effort(
 )  # smoke tests: everything runs, nothing is believed
 
 
+def _drop(rows: list[Row]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run: the arguments of every benchmark's `main`. Empty selections mean everything."""
+
+    device: torch.device | str = "cpu"
+    only: Sequence[str] = ()  # names of settings
+    providers: Sequence[str] = ()
+    modes: Sequence[str] = ()
+    effort: Effort | None = None  # None: what the benchmark finds right
+    tiny: bool = False  # small stand-ins with the same structure, for smoke tests
+    report: Callable[[list[Row]], None] = _drop  # called with the rows of each case as soon as it is done
+
+    def wants(self, kind: str, name: str) -> bool:
+        """Whether `name` is selected by `only`, `providers` or `modes` (the `kind`)."""
+        chosen: Sequence[str] = getattr(self, kind)
+        return not chosen or name in chosen
+
+
 @dataclass
 class Row:
     """One measurement. Times in milliseconds, memory in bytes."""
@@ -88,6 +110,7 @@ class Timing(NamedTuple):
     p80: float
     host: float
     samples: int
+    times: tuple[float, ...]  # of every round, in order, so that providers can be compared round by round
 
 
 def measure(
@@ -193,9 +216,9 @@ def summarise(samples: Sequence[tuple[float, float]]) -> Timing:
     """Median, 20th and 80th percentile of the first of each pair, and the median of the second."""
     times = sorted(t for t, _ in samples)
     pick = lambda q: times[min(len(times) - 1, round(q * (len(times) - 1)))]  # noqa: E731
-    return Timing(
-        statistics.median(times), pick(0.2), pick(0.8), statistics.median(h for _, h in samples), len(times)
-    )
+    host = statistics.median(h for _, h in samples)
+    in_order = tuple(t for t, _ in samples)
+    return Timing(statistics.median(times), pick(0.2), pick(0.8), host, len(times), in_order)
 
 
 def _cpu_sample(subject: Subject, inner: int) -> tuple[float, float]:

@@ -140,11 +140,18 @@ def print_header(device: torch.device | str) -> None:
 def print_table(rows: Sequence[Row]) -> None:
     """One line per row, as it is measured."""
     for row in rows:
-        memory = "" if row.peak_bytes is None else f" peak {row.peak_bytes / 1e6:9.2f} MB"
-        error = "" if row.error is None else f" error {row.error:.1e}"
-        share = "" if row.copy_percent is None else f" {row.copy_percent:5.0f} % of a copy"
-        print(
-            f"{row.case:24s} {row.mode:9s} {row.provider:12s} {row.ms:9.4f} ms"
-            f" [{row.ms_p20:.4f}, {row.ms_p80:.4f}] {row.gbps:7.1f} GB/s{share}{memory}{error}"
-        )
+        parts = [f"{row.case:26s} {row.mode:10s} {row.provider:11s} {row.ms:10.4f} ms"]
+        parts.append(f"[{row.ms_p20:.4f}, {row.ms_p80:.4f}]")
+        if row.gbps:
+            parts.append(f"{row.gbps:7.1f} GB/s")
+        if row.copy_percent is not None:
+            parts.append(f"{row.copy_percent:4.0f} % of a copy")
+        if row.peak_bytes is not None:
+            parts.append(f"peak {row.peak_bytes / 1e6:.2f} MB")
+        if row.error is not None:
+            parts.append(f"error {row.error:.1e}")
+        if "added_time_percent" in row.config:
+            added = (row.config["added_time_percent"], row.config["added_peak_percent"])
+            parts.append("added {:+.1f} % time, {:+.1f} % peak memory".format(*added))
+        print(" ".join(parts))
     sys.stdout.flush()
