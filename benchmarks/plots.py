@@ -102,7 +102,7 @@ def roofline(rows: Sequence[Line]) -> Any:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for name in _providers(chosen):
         points = sorted((row["bytes"] / 1e6, row["gbps"]) for row in _of(chosen, provider=name))
-        style = "k--" if name == "copy" else "o"
+        style = "--" if name == "copy" else "o"
         axes.plot(*zip(*points, strict=True), style, color=COLOURS[name], ms=4, label=LABELS.get(name, name))
     axes.set_xscale("log")
     axes.set_yscale("log")
