@@ -1,0 +1,432 @@
+// flow_forward: one pass over the features of all stages.
+//
+// A thread owns 16 bytes of positions and walks along the depth with the last feature and the last difference
+// in registers; four features are in flight. The sums of a term over a warp's 512 bytes are wanted at every
+// step, and a plain reduction of both would take ten shuffles. Instead four steps are gathered and their
+// eight numbers reduced together: nine shuffles, each halving the numbers a lane still has to care for. What
+// is left, one number for each quad of lanes, is added to the warp's own fp64 sums in shared memory, without
+// a barrier. At its end a block writes one slot per term; a second launch adds the slots of each term in a
+// fixed order.
+
+#if defined(__CUDACC__)
+#include <cub/block/block_reduce.cuh>
+#endif
+
+#include "plan.h"
+
+namespace ffr::cuda {
+namespace {
+
+constexpr int kAhead = 4;  // features in flight, and steps whose sums are reduced together
+
+enum class Mode { kAbs, kAbsSigns, kSquared };
+
+struct ForwardPiece {
+  int64_t group_numel;
+  int64_t groups;
+  int64_t plane_bytes;
+  uint8_t* signs;     // the piece's first plane
+  double* slots;      // [entries of the stage][chunks]
+  int64_t first_row;  // entry of the piece's first |d| in group 0, and of its first |c|
+  int64_t second_row;
+  int64_t chunks;       // of a group
+  int64_t tiles;        // of a chunk
+  uint32_t blocks_end;  // blocks of this and all earlier pieces of the launch
+  uint16_t first_pointer;
+  uint16_t length;  // features read
+  uint16_t firsts;  // terms owned
+  uint16_t seconds;
+  bool last;  // the last plane is the stage's last, which has no c
+  bool vector;
+};
+
+struct ForwardArgs {
+  ForwardPiece pieces[kMaxPieces];
+  const void* features[kMaxPointers];
+};
+static_assert(sizeof(ForwardArgs) <= 4096, "kernel arguments");
+
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__device__ __forceinline__ double shuffle_xor(double value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Afterwards every lane of quad q (lanes 4 q .. 4 q + 3) holds the sum of values[q] over the warp.
+template <typename C>
+__device__ __forceinline__ C reduce_to_quads(C (&values)[8]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 4, bit = 16; half >= 1; half /= 2, bit /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const C send = upper ? values[i] : values[i + half];
+      const C keep = upper ? values[i + half] : values[i];
+      values[i] = keep + shuffle_xor(send, bit);
+    }
+  }
+  C sum = values[0] + shuffle_xor(values[0], 2);
+  return sum + shuffle_xor(sum, 1);
+}
+
+__device__ __forceinline__ float magnitude_of(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude_of(double x) { return fabs(x); }
+
+template <typename T, Mode mode>
+__device__ __forceinline__ Compute<T> magnitude(const Compute<T> (&x)[kVec<T>]) {
+  Compute<T> sum = 0;
+#pragma unroll
+  for (int j = 0; j < kVec<T>; ++j) {
+    if constexpr (mode == Mode::kSquared) {
+      sum += x[j] * x[j];
+    } else {
+      sum += magnitude_of(x[j]);
+    }
+  }
+  return sum;
+}
+
+// Blocks on a multiprocessor, as many as registers without spilling allow (tests/test_gpu_compile.py holds
+// this): a block has 16 KiB in flight, an H200 wants about 25 for each of its multiprocessors (4.8 TB/s x 0.7
+// us / 132).
+template <typename T, Mode mode>
+constexpr int resident_blocks() {
+  return sizeof(T) == 4 ? 4 : mode == Mode::kAbsSigns ? 2 : 3;
+}
+
+// Walks along the depth at positions element .. element + count. `sums`: the warp's [2][stride] of |d| and
+// |c|; d_l lies at step l + 1 and c_l at l + 2, the steps that complete them. Other places hold nothing of
+// meaning.
+template <typename T, Mode mode, bool kVector>
+__device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece& piece, int64_t element,
+                                     int count, double* sums, int stride) {
+  using C = Compute<T>;
+  constexpr int V = kVec<T>;
+  const void* const* features = args.features + piece.first_pointer;
+  const int length = piece.length;
+  // Step m reads feature m and completes plane m - 2; one more step completes the plane that has no c.
+  const int steps = length + (mode == Mode::kAbsSigns && piece.last ? 1 : 0);
+  uint8_t* plane = mode == Mode::kAbsSigns ? piece.signs + element / 2 - 2 * piece.plane_bytes : nullptr;
+
+  uint4 ahead[kAhead];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    ahead[j] = j < length ? load<T, kVector>(features[j], element, count) : make_uint4(0, 0, 0, 0);
+  }
+  C x[V], d[V];
+  uint4 raw = ahead[0];
+  unpack<T>(raw, x);
+  uint32_t d_codes = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) d[j] = 0;
+
+  for (int base = 0; base < steps; base += kAhead) {
+    C values[2 * kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int step =
+          base + j;  // may be behind the last one: then nothing is stored and nobody reads the sums
+      C x_before[V], d_before[V], c[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        x_before[k] = x[k];
+        d_before[k] = d[k];
+      }
+      const uint4 raw_before = raw;
+      raw = ahead[j];
+      unpack<T>(raw, x);
+      if (step + kAhead < length) ahead[j] = load<T, kVector>(features[step + kAhead], element, count);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        d[k] = first_difference(x[k], x_before[k]);
+        c[k] = second_difference(d[k], d_before[k]);
+      }
+      values[j] = magnitude<T, mode>(d);
+      values[kAhead + j] = magnitude<T, mode>(c);
+      if constexpr (mode == Mode::kAbsSigns) {
+        // Made in any case, so that only the store is conditional.
+        uint32_t word = SignPacker<T>::word(d_codes, SignPacker<T>::second(c));
+        word &= step == length ? 0x33333333u : 0xffffffffu;
+        d_codes = SignPacker<T>::first(raw, raw_before, d);
+        if (step >= 2 && step < steps && (kVector || count > 0)) {
+          *reinterpret_cast<SignWord<T>*>(plane) = static_cast<SignWord<T>>(word);
+        }
+        plane += piece.plane_bytes;
+      }
+    }
+    const double sum = reduce_to_quads(values);
+    const int lane = threadIdx.x % 32;
+    if (lane % 4 == 0) sums[(lane / 16) * stride + base + lane / 4 % kAhead] += sum;
+  }
+}
+
+template <typename T, Mode mode>
+__global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
+    forward_kernel(const __grid_constant__ ForwardArgs args) {
+  extern __shared__ double shared_sums[];  // [warp][2][stride]
+  int index = 0;
+  while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
+  const ForwardPiece& piece = args.pieces[index];
+  const int64_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
+  const int64_t group = block / piece.chunks, chunk = block % piece.chunks;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int stride = (piece.length + 1 + kAhead - 1) / kAhead * kAhead;  // one step more than features
+  double* sums = shared_sums + warp * 2 * stride;
+#pragma unroll 1
+  for (int i = lane; i < 2 * stride; i += 32) sums[i] = 0;
+  __syncwarp();
+
+  constexpr int V = kVec<T>;
+  const int64_t begin = chunk * piece.tiles * (kThreads * V) + warp * (32 * V);  // in the group
+  for (int64_t tile = 0; tile < piece.tiles; ++tile) {
+    const int64_t at = begin + tile * (kThreads * V);
+    const int64_t left = piece.group_numel - at;
+    if (left <= 0) break;
+    const int64_t element = group * piece.group_numel + at + lane * V;
+    if (piece.vector && left >= 32 * V) {
+      walk<T, mode, true>(args, piece, element, V, sums, stride);
+    } else {
+      const int64_t count = left - lane * V;
+      walk<T, mode, false>(args, piece, element,
+                           static_cast<int>(count < 0   ? 0
+                                            : count > V ? V
+                                                        : count),
+                           sums, stride);
+    }
+  }
+  __syncthreads();
+
+#pragma unroll 1
+  for (int i = threadIdx.x; i < piece.firsts + piece.seconds; i += kThreads) {
+    const bool second = i >= piece.firsts;
+    const int term = second ? i - piece.firsts : i;
+    const double* from = shared_sums + (second ? stride + term + 2 : term + 1);
+    double total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += from[w * 2 * stride];
+    const int64_t row = (second ? piece.second_row : piece.first_row) + term * piece.groups + group;
+    piece.slots[row * piece.chunks + chunk] = total;
+  }
+}
+
+// ---------------------------------------------------------------------------------- the slots
+
+struct SlotRows {
+  const double* slots;  // [rows][chunks]
+  double* stats;        // [rows]
+  int64_t chunks;
+  int64_t rows_end;  // rows of this and all earlier entries
+};
+
+struct AddArgs {
+  SlotRows stages[kMaxPieces];
+};
+
+__global__ void __launch_bounds__(kThreads) add_slots_kernel(const __grid_constant__ AddArgs args) {
+  int index = 0;
+  while (blockIdx.x >= args.stages[index].rows_end) ++index;
+  const SlotRows& stage = args.stages[index];
+  const int64_t row = blockIdx.x - (index ? args.stages[index - 1].rows_end : 0);
+  const double* slots = stage.slots + row * stage.chunks;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < stage.chunks; i += kThreads) sum += slots[i];
+  using Reduce = cub::BlockReduce<double, kThreads>;
+  __shared__ typename Reduce::TempStorage storage;
+  sum = Reduce(storage).Sum(sum);
+  if (threadIdx.x == 0) stage.stats[row] = sum;
+}
+
+// ---------------------------------------------------------------------------------- launches
+
+template <typename T>
+cudaError_t launch_as(const ForwardArgs& args, uint32_t blocks, size_t shared, Mode mode,
+                      cudaStream_t stream) {
+  switch (mode) {
+    case Mode::kAbs:
+      FFR_LAUNCH((forward_kernel<T, Mode::kAbs>), blocks, kThreads, shared, stream, args);
+      break;
+    case Mode::kAbsSigns:
+      FFR_LAUNCH((forward_kernel<T, Mode::kAbsSigns>), blocks, kThreads, shared, stream, args);
+      break;
+    case Mode::kSquared:
+      FFR_LAUNCH((forward_kernel<T, Mode::kSquared>), blocks, kThreads, shared, stream, args);
+      break;
+  }
+  return cudaGetLastError();
+}
+
+// The launch that is being filled: pieces of one dtype.
+class ForwardLaunch {
+ public:
+  ForwardLaunch(DType dtype, Mode mode, cudaStream_t stream) : dtype_(dtype), mode_(mode), stream_(stream) {}
+
+  // Launches what is there first if the new piece does not fit.
+  cudaError_t add(ForwardPiece piece, const void* const* features, int64_t blocks) {
+    if (pieces_ == kMaxPieces || pointers_ + piece.length > kMaxPointers || blocks_ + blocks > INT32_MAX) {
+      if (const cudaError_t error = run()) return error;
+    }
+    std::copy(features, features + piece.length, args_.features + pointers_);
+    piece.first_pointer = static_cast<uint16_t>(pointers_);
+    pointers_ += piece.length;
+    blocks_ += blocks;
+    piece.blocks_end = static_cast<uint32_t>(blocks_);
+    args_.pieces[pieces_++] = piece;
+    longest_ = std::max<int>(longest_, piece.length);
+    return cudaSuccess;
+  }
+
+  cudaError_t run() {
+    if (pieces_ == 0) return cudaSuccess;
+    const size_t shared = sizeof(double) * kWarps * 2 * ceil_div(longest_ + 1, kAhead) * kAhead;
+    const uint32_t blocks = static_cast<uint32_t>(blocks_);
+    pieces_ = pointers_ = longest_ = 0;
+    blocks_ = 0;
+    switch (dtype_) {
+      case DType::kFloat16:
+        return launch_as<Float16>(args_, blocks, shared, mode_, stream_);
+      case DType::kBFloat16:
+        return launch_as<BFloat16>(args_, blocks, shared, mode_, stream_);
+      case DType::kFloat32:
+        return launch_as<float>(args_, blocks, shared, mode_, stream_);
+      case DType::kFloat64:
+        return launch_as<double>(args_, blocks, shared, mode_, stream_);
+    }
+    return cudaErrorInvalidValue;
+  }
+
+ private:
+  ForwardArgs args_ = {};
+  DType dtype_;
+  Mode mode_;
+  cudaStream_t stream_;
+  int pieces_ = 0, pointers_ = 0, longest_ = 0;
+  int64_t blocks_ = 0;
+};
+
+// Nibbles of two groups may share a byte, which two blocks would then write: such a stage takes one pass for
+// the signs, over the whole feature as one group, and one for the sums. No norm of this package asks for
+// both.
+bool needs_two_passes(const StageView& stage, bool signs) { return signs && stage.shape.groups > 1; }
+
+StageView as_one_group(StageView stage) {
+  stage.shape.groups = 1;
+  return stage;
+}
+
+int64_t scratch_of(const StageView& stage, const Work& work) {
+  const int64_t chunks = work.chunks(stage).count;
+  return chunks > 1 ? stats_entries(stage.shape) * chunks : 0;
+}
+
+cudaError_t add_stage(ForwardLaunch& launch, const StageView& stage, const Work& work, uint8_t* signs,
+                      double* slots) {
+  const StageShape& shape = stage.shape;
+  const Chunks chunks = work.chunks(stage);
+  const bool vector = groups_aligned(stage) && std::all_of(stage.features, stage.features + shape.length,
+                                                           [](const void* p) { return aligned(p); });
+  const int64_t firsts = num_first(shape), seconds = num_second(shape);
+  for (int64_t begin = 0; begin < firsts; begin += kMaxLength - 2) {
+    const int64_t end = std::min(begin + kMaxLength - 2, firsts);
+    ForwardPiece piece = {};
+    piece.group_numel = shape.numel / shape.groups;
+    piece.groups = shape.groups;
+    piece.plane_bytes = plane_bytes(shape.numel);
+    piece.signs = signs ? signs + begin * piece.plane_bytes : nullptr;
+    piece.slots = slots;
+    piece.first_row = begin * shape.groups;
+    piece.second_row = (firsts + begin) * shape.groups;
+    piece.chunks = chunks.count;
+    piece.tiles = chunks.tiles;
+    piece.length = static_cast<uint16_t>(std::min(end + 2, shape.length) - begin);  // two features of halo
+    piece.firsts = static_cast<uint16_t>(end - begin);
+    piece.seconds = static_cast<uint16_t>(std::min(end, seconds) - std::min(begin, seconds));
+    piece.last = end == firsts;
+    piece.vector = vector;
+    if (const cudaError_t error = launch.add(piece, stage.features + begin, shape.groups * chunks.count))
+      return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t add_slots(const StageView* stages, int64_t num_stages, const Work& work, double* stats,
+                      double* scratch, cudaStream_t stream) {
+  AddArgs args = {};
+  int used = 0;
+  int64_t rows = 0;
+  for (int64_t i = 0; i <= num_stages; ++i) {
+    if (used == kMaxPieces || (i == num_stages && used > 0)) {
+      FFR_LAUNCH((add_slots_kernel), static_cast<uint32_t>(rows), kThreads, 0, stream, args);
+      if (const cudaError_t error = cudaGetLastError()) return error;
+      used = 0;
+      rows = 0;
+    }
+    if (i == num_stages) break;
+    const int64_t entries = stats_entries(stages[i].shape), slots = scratch_of(stages[i], work);
+    if (slots > 0) {
+      rows += entries;
+      args.stages[used++] = {scratch, stats, work.chunks(stages[i]).count, rows};
+    }
+    stats += entries;
+    scratch += slots;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t flow_forward_scratch(const StageView* stages, int64_t num_stages, bool signs) {
+  const Work work(stages, num_stages, kForwardBlocks);
+  int64_t total = 0;
+  int64_t signs_pass = 0;  // its sums are thrown away, into one place for all such stages
+  for (int64_t i = 0; i < num_stages; ++i) {
+    total += scratch_of(stages[i], work);
+    if (needs_two_passes(stages[i], signs)) {
+      const StageView whole = as_one_group(stages[i]);
+      signs_pass = std::max(signs_pass, stats_entries(whole.shape) * work.chunks(whole).count);
+    }
+  }
+  return total + signs_pass;
+}
+
+int flow_forward(const StageView* stages, int64_t num_stages, bool squared, double* stats, uint8_t* signs,
+                 double* scratch, void* stream_handle) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  const Work work(stages, num_stages, kForwardBlocks);
+  int64_t all_slots = 0;
+  for (int64_t i = 0; i < num_stages; ++i) all_slots += scratch_of(stages[i], work);
+  for (int d = 0; d < kNumDTypes; ++d) {
+    const DType dtype = static_cast<DType>(d);
+    ForwardLaunch sums(dtype, squared ? Mode::kSquared : Mode::kAbs, stream);
+    ForwardLaunch sums_and_signs(dtype, Mode::kAbsSigns, stream);
+    double *stage_stats = stats, *stage_slots = scratch;
+    uint8_t* stage_signs = signs;
+    for (int64_t i = 0; i < num_stages; ++i) {
+      const StageView& stage = stages[i];
+      if (stage.dtype == dtype && stage.shape.length > 1) {
+        double* slots = scratch_of(stage, work) ? stage_slots : stage_stats;
+        cudaError_t error = cudaSuccess;
+        if (needs_two_passes(stage, signs != nullptr)) {
+          error = add_stage(sums_and_signs, as_one_group(stage), work, stage_signs, scratch + all_slots);
+          if (!error) error = add_stage(sums, stage, work, nullptr, slots);
+        } else {
+          error = add_stage(signs ? sums_and_signs : sums, stage, work, stage_signs, slots);
+        }
+        if (error) return error;
+      }
+      stage_stats += stats_entries(stage.shape);
+      stage_slots += scratch_of(stage, work);
+      if (signs) stage_signs += sign_bytes(stage.shape);
+    }
+    if (const cudaError_t error = sums.run()) return error;
+    if (const cudaError_t error = sums_and_signs.run()) return error;
+  }
+  return add_slots(stages, num_stages, work, stats, scratch, stream);
+}
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace ffr::cuda

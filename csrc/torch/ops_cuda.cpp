@@ -1,0 +1,134 @@
+// The ops on CUDA: checks the arguments, makes their device current, and launches csrc/cuda on torch's
+// current stream. Compiled by the host's compiler, without a CUDA header; the schemas are those of ops.cpp.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../cuda/filters.h"
+#include "../cuda/flow.h"
+#include "checks.h"
+#include "filter_checks.h"
+
+// Weak, so that this module also loads next to a torch without CUDA, which has no such function.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace ffr {
+namespace {
+
+// The device of an op's tensors, current while this lives, and torch's current stream on it.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "the CUDA kernels of ffr_ext need a torch with CUDA; this one has none");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, ", ", cuda::error_text(error));
+}
+
+std::vector<cuda::StageView> views(const Stages& all) {
+  std::vector<cuda::StageView> result;
+  for (const Stage& stage : all.stages) {
+    result.push_back({stage.dtype, stage.shape, all.features.data() + stage.first,
+                      all.grads.empty() ? nullptr : all.grads.data() + stage.first});
+  }
+  return result;
+}
+
+template <typename Pointer>
+Pointer check_aligned(Pointer signs) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(signs) % cuda::kSignsAlign == 0,
+                  "signs must begin at a multiple of ", cuda::kSignsAlign, " bytes");
+  return signs;
+}
+
+void flow_forward_cuda(const std::vector<Tensor>& features, const std::vector<int64_t>& lengths,
+                       const std::vector<int64_t>& groups, bool squared, const Tensor& stats,
+                       const Tensor& signs) {
+  const Stages all = check_flow_forward(features, lengths, groups, squared, stats, signs);
+  if (stats.numel() == 0) return;
+  const std::vector<cuda::StageView> stages = views(all);
+  uint8_t* planes = signs.numel() ? check_aligned(static_cast<uint8_t*>(signs.mutable_data_ptr())) : nullptr;
+  const Launch launch(stats);
+  // From torch's caching allocator, on the current stream: nothing waits, and a CUDA graph may capture it.
+  std::optional<Tensor> scratch;
+  const int64_t slots = cuda::flow_forward_scratch(stages.data(), size_of(stages), planes != nullptr);
+  if (slots > 0) scratch = torch::stable::new_empty(stats, {slots});
+  check_launch("flow_forward",
+               cuda::flow_forward(stages.data(), size_of(stages), squared,
+                                  static_cast<double*>(stats.mutable_data_ptr()), planes,
+                                  scratch ? static_cast<double*>(scratch->mutable_data_ptr()) : nullptr,
+                                  launch.stream()));
+}
+
+void flow_backward_cuda(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
+                        const std::vector<int64_t>& lengths, const std::vector<int64_t>& numels,
+                        const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads) {
+  const Stages all = check_flow_backward(features, signs, coef, lengths, numels, groups, squared, grads);
+  const std::vector<cuda::StageView> stages = views(all);
+  const uint8_t* planes = check_aligned(static_cast<const uint8_t*>(signs.const_data_ptr()));
+  const Launch launch(coef);
+  check_launch("flow_backward",
+               cuda::flow_backward(stages.data(), size_of(stages), squared, planes,
+                                   static_cast<const double*>(coef.const_data_ptr()), launch.stream()));
+}
+
+void flow_backward_at_cuda(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
+                           int64_t length, int64_t numel, int64_t groups, bool squared, int64_t index,
+                           const Tensor& grad, bool accumulate) {
+  const Stages all =
+      check_flow_backward_at(features, signs, coef, length, numel, groups, squared, index, grad);
+  const uint8_t* planes = check_aligned(static_cast<const uint8_t*>(signs.const_data_ptr()));
+  const Launch launch(coef);
+  for (const cuda::StageView& stage : views(all)) {
+    check_launch(
+        "flow_backward_at",
+        cuda::flow_backward_at(stage, squared, planes, static_cast<const double*>(coef.const_data_ptr()),
+                               index, grad.mutable_data_ptr(), accumulate, launch.stream()));
+  }
+}
+
+void filter_norms_cuda(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims, double p,
+                       const Tensor& out) {
+  const std::vector<NormTensor> tensors = check_filter_norms(weights, dims, p, out);
+  const Launch launch(out);
+  check_launch("filter_norms",
+               cuda::filter_norms(tensors.data(), size_of(tensors), p,
+                                  static_cast<double*>(out.mutable_data_ptr()), launch.stream()));
+}
+
+// The values of keep are checked where they are known without waiting for the device: by the caller, and by
+// the kernel, which stops at one that is out of range.
+void compact_filters_cuda(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
+                          const std::vector<int64_t>& dims, const std::vector<Tensor>& outs) {
+  const std::vector<GatherTensor> gathers = check_compact_filters(tensors, keep, dims, outs);
+  if (gathers.empty()) return;
+  const Launch launch(tensors[0]);
+  check_launch("compact_filters", cuda::compact_filters(gathers.data(), size_of(gathers), launch.stream()));
+}
+
+}  // namespace
+}  // namespace ffr
+
+STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CUDA, m) {
+  m.impl("flow_forward", TORCH_BOX(&ffr::flow_forward_cuda));
+  m.impl("flow_backward", TORCH_BOX(&ffr::flow_backward_cuda));
+  m.impl("flow_backward_at", TORCH_BOX(&ffr::flow_backward_at_cuda));
+  m.impl("filter_norms", TORCH_BOX(&ffr::filter_norms_cuda));
+  m.impl("compact_filters", TORCH_BOX(&ffr::compact_filters_cuda));
+}
