@@ -7,7 +7,7 @@ planning (the plan) -> cutting (the tensors) -> checking (against the source) ->
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,87 +183,74 @@ class _Search:
             ) from error
         analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
         found = dead_branches(analysis)
-        holding = self._confirmed(list(found), lambda paths: self._replacement_holds(found, paths))
+        holding = _confirmed(list(found), lambda known, more: self._replacement_holds(found, known, more))
         replaced = {path: found[path] for path in holding}
         if replaced:
             base = self._cut(CompactionPlan(self.source, replaced=replaced))
             analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
         return replaced, analysis
 
-    def _replacement_holds(self, found: Mapping[str, str], paths: list[str]) -> bool:
+    def _replacement_holds(self, found: Mapping[str, str], known: list[str], more: list[str]) -> bool:
         try:
-            self.check.require_equal(
-                self._cut(CompactionPlan(self.source, replaced={p: found[p] for p in paths}))
-            )
+            plan = CompactionPlan(self.source, replaced={path: found[path] for path in [*known, *more]})
+            self.check.require_equal(self._cut(plan))
         except Mismatch as error:
-            if len(paths) == 1:
-                self.notes.append(f"{paths[0]} is dead as a whole, but cannot be replaced: {error}")
+            if len(more) == 1:
+                self.notes.append(f"{more[0]} is dead as a whole, but cannot be replaced: {error}")
             return False
         return True
 
     def _largest(
         self, solver: Solver, replaced: Mapping[str, str], forbidden: Tensor
     ) -> tuple[Tensor, CompactionPlan, nn.Module, float]:
-        """The removal of as many families of channels as the check confirms; the others go into
-        `forbidden`."""
-        attempts: dict[tuple[int, ...], tuple[Tensor, CompactionPlan, nn.Module, float]] = {}
+        """The removal of as many families of channels as the check confirms; the others go into `forbidden`."""
         families = solver.family[solver.solve()].unique().tolist()
+        confirmed: list[tuple[Tensor, CompactionPlan, nn.Module, float]] = []
 
-        def holds(chosen: list[int]) -> bool:
-            others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64)
-            barred = torch.isin(solver.family, others)
-            removed = solver.solve(barred)
+        def holds(known: list[int], more: list[int]) -> bool:
+            chosen = {*known, *more}
+            others = torch.tensor([f for f in families if f not in chosen], dtype=torch.int64)
+            removed = solver.solve(torch.isin(solver.family, others))
             plan = make_plan(solver, removed, self.source, replaced)
             candidate = self._cut(plan)
             try:
                 error = self.check.require_equal(candidate)
             except Mismatch as mismatch:
-                if len(chosen) == 1 or not chosen:
-                    self.notes.append(_cannot_leave(solver, chosen, mismatch))
+                if len(more) == 1:
+                    self.notes.append(_cannot_leave(solver, more[0], mismatch))
                 return False
-            attempts.clear()
-            attempts[tuple(chosen)] = (removed, plan, candidate, error)
+            confirmed[:] = [(removed, plan, candidate, error)]
             return True
 
-        chosen = self._confirmed(families, holds)
-        if tuple(chosen) not in attempts and not holds(chosen):
-            raise ValueError(f"compact: nothing could be removed without a change: {self.notes[-1]}")
-        forbidden |= torch.isin(
-            solver.family, torch.tensor([f for f in families if f not in chosen], dtype=torch.int64)
-        )
-        removed, plan, candidate, error = attempts[tuple(chosen)]
+        chosen = _confirmed(families, holds)
+        if not chosen and not holds([], []):
+            raise ValueError("compact: an exact copy of the model does not give its outputs a second time")
+        others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64)
+        forbidden |= torch.isin(solver.family, others)
         solver.solve(forbidden)  # its reasons are those of the last call
-        return removed, plan, candidate, error
-
-    def _confirmed(self, items: list[Any], holds: Any) -> list[Any]:
-        """The items that hold together: all at once, or by halves."""
-        if not items or holds(items):
-            return items
-        accepted: list[Any] = []
-
-        def add(some: list[Any]) -> None:
-            if len(some) == 1 and len(items) == 1:
-                return
-            if holds(accepted + some):
-                accepted.extend(some)
-            elif len(some) > 1:
-                add(some[: len(some) // 2])
-                add(some[len(some) // 2 :])
-
-        half = len(items) // 2
-        if half:
-            add(items[:half])
-            add(items[half:])
-        return accepted
+        return confirmed[0]
 
 
-def _cannot_leave(solver: Solver, chosen: list[int], mismatch: Mismatch) -> str:
-    if not chosen:
-        return str(mismatch)
+def _confirmed(items: list[Any], holds: Callable[[list[Any], list[Any]], bool]) -> list[Any]:
+    """The items that hold together: all at once or, where some do not, by halves."""
+    accepted: list[Any] = []
+
+    def add(some: list[Any]) -> None:
+        if not some:
+            return
+        if holds(accepted, some):
+            accepted.extend(some)
+        elif len(some) > 1:
+            add(some[: len(some) // 2])
+            add(some[len(some) // 2 :])
+
+    add(items)
+    return accepted
+
+
+def _cannot_leave(solver: Solver, family: int, mismatch: Mismatch) -> str:
     axes = [
-        f"{n}[{d}]"
-        for (n, d), channels in solver.axes.items()
-        if int(solver.family[channels[0]]) == chosen[0]
+        f"{n}[{d}]" for (n, d), channels in solver.axes.items() if int(solver.family[channels[0]]) == family
     ]
     return f"{', '.join(axes[:4])} stay: without their dead channels the forward code fails: {mismatch}"
 

@@ -66,30 +66,40 @@ class Solver:
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
+        # Channels that stay, but that no output depends on: kept for a size, or as a constant. What they in turn are
+        # made from need not stay. So a dead branch that must keep one channel loses all its other weights.
+        spare = torch.zeros_like(removed)
         while True:
-            self._take_back_needed(removed)
-            if not self._restore(removed):
+            self._take_back_needed(removed, spare)
+            if not self._restore(removed, spare):
                 return removed
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
     # ---------------------------------------------------------------------------------------------------
 
-    def _take_back_needed(self, removed: Tensor) -> None:
+    def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
         changed = True
         while changed:
             changed = False
             for read, inputs, outputs in self.reads:
-                candidates = removed[inputs]
-                if not bool(candidates.any()):
+                gone, unneeded = removed[inputs], (removed | spare)[inputs]
+                if not bool(unneeded.any()):
                     continue
-                used = read.uses[~removed[outputs]].any(0) & candidates
-                inexact = (read.value != 0) & ~(read.absorbable & self.absorbing[id(read)])
-                blocked = used & (read.live | inexact)
+                blocked = unneeded & read.live & read.uses[~(removed | spare)[outputs]].any(0)
                 if bool(blocked.any()):
                     changed = True
                     self._explain(read, inputs, blocked)
                     removed[inputs[blocked]] = False
+                    spare[inputs[blocked]] = False
+                inexact = ~read.live & (read.value != 0) & ~(read.absorbable & self.absorbing[id(read)])
+                blocked = gone & inexact & read.uses[~removed[outputs]].any(0)
+                blocked &= removed[inputs]
+                if bool(blocked.any()):
+                    changed = True
+                    self._explain(read, inputs, blocked)
+                    removed[inputs[blocked]] = False
+                    spare[inputs[blocked]] = True
 
     def _explain(self, read: Read, inputs: Tensor, blocked: Tensor) -> None:
         refusal = read.refusal or "the layer is used several times, with different constants"
@@ -104,9 +114,9 @@ class Solver:
     # Sizes that must fit
     # ---------------------------------------------------------------------------------------------------
 
-    def _restore(self, removed: Tensor) -> bool:
+    def _restore(self, removed: Tensor, spare: Tensor) -> bool:
         """Give back dead channels, the strongest first, until every dimension has an allowed size."""
-        before = int(removed.sum())
+        before, needed_before = removed.clone(), (removed | spare).clone()
         for (name, dim), channels in self.axes.items():
             size = channels.numel()
             kept = size - int(removed[channels].sum())
@@ -119,45 +129,56 @@ class Solver:
             if needed > kept:
                 at_least = kept < min(size, max(1, self.options.min_channels))
                 why = "min_channels" if at_least else f"round_to={self.options.round_to}"
-                self._give_back(removed, channels, needed - kept, f"dead, kept for {why}")
+                self._give_back(removed, spare, channels, needed - kept, f"dead, kept for {why}")
         for constraint, parts, inputs in self.parts:
-            self._fit(removed, constraint, parts, inputs)
-        return int(removed.sum()) < before
+            self._fit(removed, spare, constraint, parts, inputs)
+        for constraint, parts, _ in self.parts:
+            if constraint.kind == "whole":  # every channel of a kept group is in the statistics of the others
+                for part in parts:
+                    if not bool(removed[part].all()):
+                        spare[part] = False
+        return not (torch.equal(before, removed) and torch.equal(needed_before, removed | spare))
 
     def _fit(
-        self, removed: Tensor, constraint: Constraint, parts: list[Tensor], inputs: list[Tensor]
+        self,
+        removed: Tensor,
+        spare: Tensor,
+        constraint: Constraint,
+        parts: list[Tensor],
+        inputs: list[Tensor],
     ) -> None:
         why = f"dead, kept because {constraint.where} needs parts of one size"
         if constraint.kind == "whole":
             for part in parts:
                 if not bool(removed[part].all()):
                     self._give_back(
-                        removed, part, part.numel(), f"dead, kept with its group in {constraint.where}"
+                        removed, spare, part, part.numel(), f"dead, kept with its group in {constraint.where}"
                     )
             return
         if constraint.kind == "equal":
-            self._level(removed, parts, why)
+            self._level(removed, spare, parts, why)
             return
         present = [
             i
             for i in range(len(parts))
             if not bool(removed[parts[i]].all()) or not bool(removed[inputs[i]].all())
         ] or [0]
-        self._level(removed, [parts[i] for i in present], why)
-        self._level(removed, [inputs[i] for i in present], why)
+        self._level(removed, spare, [parts[i] for i in present], why)
+        self._level(removed, spare, [inputs[i] for i in present], why)
 
-    def _level(self, removed: Tensor, parts: list[Tensor], why: str) -> None:
+    def _level(self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str) -> None:
         kept = [part.numel() - int(removed[part].sum()) for part in parts]
         most = max(1, *kept) if len(kept) > 1 else max(1, kept[0])
         for part, count in zip(parts, kept, strict=True):
-            self._give_back(removed, part, most - count, why)
+            self._give_back(removed, spare, part, most - count, why)
 
-    def _give_back(self, removed: Tensor, channels: Tensor, count: int, why: str) -> None:
+    def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
         gone = channels[removed[channels]].unique()
         if count <= 0 or not gone.numel():
             return
         strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
         removed[strongest] = False
+        spare[strongest] = True
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 
