@@ -56,8 +56,9 @@ state=$(cat requirements/*.txt pyproject.toml tools/bootstrap.sh; echo "${TORCH:
 pip() { "$python" -m pip --disable-pip-version-check "$@" >&2; }
 if [ -n "$own" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
   if ! "$python" tools/find_torch.py >/dev/null 2>&1; then
-    # The CPU build: PyPI's own wheel of this version brings CUDA along, gigabytes that nobody asked for.
-    pip install ${TORCH:-torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu}
+    # The CPU build: PyPI's own wheel of this version brings CUDA along, gigabytes that nobody asked for. --no-deps, so
+    # that this index is asked for torch alone; what torch requires comes below.
+    pip install --no-deps --retries 2 ${TORCH:-torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu}
   fi
   pins=$(mktemp)
   trap 'rm -f "$pins"' EXIT
@@ -71,7 +72,7 @@ if [ -n "$own" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
     grep -v '^torch==' requirements/constraints.txt >"$pins"
     echo "$torch" >>"$pins"
   fi
-  pip install --quiet -c "$pins" "${files[@]}"
+  pip install --quiet -c "$pins" torch "${files[@]}"
   [ -n "$own" ] || echo "$state" >"$stamp"
 fi
 
