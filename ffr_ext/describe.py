@@ -49,12 +49,16 @@ class Description:
             )
         for kind, terms in (("gradient", self.gradient), ("curvature", self.curvature)):
             text = ", ".join("-".join(map(str, term)) for term in terms) or "none"
-            lines.append(f"{len(terms)} {kind} terms, weight {self.settings[kind]}: {text}")
+            lines.append(f"{len(terms)} {kind} terms, weight {_weight(self.settings[kind])}: {text}")
         lines.append(
             ", ".join(f"{k} {v}" for k, v in self.settings.items() if k not in ("gradient", "curvature"))
         )
         lines.append(f"features: {self.bytes / 2**20:.2f} MiB")
         return "\n".join(lines)
+
+
+def _weight(weight: Any) -> str:
+    return f"{weight:g}" if isinstance(weight, (int, float)) else str(weight)
 
 
 def describe(flow: FeatureFlow, example_inputs: Any) -> Description:

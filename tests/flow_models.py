@@ -105,3 +105,45 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self._forward(self, x)
+
+
+class Layer(nn.Module):
+    """relu(x + linear(x)): no batch statistics, so a batch is the sum of its samples."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.linear(x))
+
+
+class Tower(nn.Module):
+    """Classifies vectors; accumulation and data parallelism must give the gradients of the whole batch."""
+
+    def __init__(self, depth: int = 4, width: int = 8, classes: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Layer(width) for _ in range(depth)))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+    @staticmethod
+    def data(samples: int = 16, width: int = 8, classes: int = 3) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        return torch.randn(samples, width, generator=generator), torch.arange(samples) % classes
+
+
+def trained(model: nn.Module, steps: int, lr: float = 0.1, **options: Any) -> dict[str, Tensor]:
+    """Weights after `steps` full-batch SGD steps on `Tower.data()` with FFR, in a plain loop."""
+    from ffr_ext import FeatureFlow
+
+    x, y = Tower.data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with FeatureFlow(model, **options) as flow:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(model(x), y) + flow.loss()).backward()
+            optimizer.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}

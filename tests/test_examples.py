@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -321,3 +323,47 @@ def test_a_sweep_skips_what_it_has_and_summarises_over_seeds(tmp_path: Path) -> 
     accuracies = [float(row["test_accuracy"]) for row in after if float(row["weight"]) == 3]
     assert means[1]["mean_test_accuracy"] == pytest.approx(sum(accuracies) / 2, abs=1e-4)
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+# --- one script for each trainer ------------------------------------------------------------------
+
+
+def test_the_plain_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    import plain_loop
+
+    plain_loop.main(["--epochs", "2", "--model", "resnet8"])
+    assert "gradient terms" in capsys.readouterr().out
+
+
+def test_the_lightning_example_runs_and_logs(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="needs ffr-ext[lightning]")
+    import lightning_digits
+
+    trainer = lightning_digits.main(["--epochs", "2", "--model", "resnet8", "--out", str(tmp_path)])
+    assert float(trainer.callback_metrics["ffr/penalty"]) > 0
+    assert float(trainer.callback_metrics["accuracy"]) > 0.3
+    assert "ffr/length/0" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_the_hugging_face_example_runs_and_logs(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs ffr-ext[hf]")
+    import huggingface_vit
+
+    trainer = huggingface_vit.main(["--epochs", "1", "--out", str(tmp_path)])
+    assert trainer.state.log_history[0]["ffr_penalty"] > 0
+
+
+def test_the_accelerate_example_runs() -> None:
+    pytest.importorskip("accelerate", reason="needs ffr-ext[hf]")
+    import accelerate_loop
+
+    assert accelerate_loop.main(["--epochs", "1", "--model", "resnet8"]) > 0.2
+
+
+def test_the_ddp_example_runs_on_two_processes() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "ddp_loop.py"), "--epochs", "1", "--model", "resnet8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("test accuracy") == 1

@@ -141,7 +141,7 @@ def test_describe_names_layers_shapes_stages_and_terms(capsys: pytest.CaptureFix
     for words in (
         "early.0",
         "2x4x8x8",
-        "5 gradient terms, weight 2.0: 0-1",
+        "5 gradient terms, weight 2: 0-1",
         "4 curvature terms",
         "norm l2",
         "pool",
