@@ -85,8 +85,8 @@ def _load() -> None:
         _tried = True
     if file is not None and _error is not None:
         warnings.warn(
-            f"{_error}. ffr_ext goes on without its native kernels. The usual cure is to install it again, so that "
-            "it is built for this Python and this torch; `python -m ffr_ext info` shows what is used meanwhile.",
+            f"{_error}. ffr_ext goes on without its native kernels. The usual cure is to install it again, "
+            "which builds it for this Python and torch; `python -m ffr_ext info` says what serves meanwhile.",
             NativeLibraryWarning,
             stacklevel=3,
         )

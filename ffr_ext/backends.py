@@ -48,7 +48,7 @@ class BackendFallbackWarning(RuntimeWarning):
 
 
 def available() -> dict[str, Status]:
-    """The state of every backend, best first. Loads the native library and asks the driver for its devices."""
+    """The state of every backend, best first. Loads the native library and asks for the GPUs."""
     return {name: _STATUS[name]() for name in BACKENDS}
 
 
@@ -106,7 +106,7 @@ def _resolve_auto(device_type: str) -> str:
             return name
         reasons.append(f"{name}: {status.reason}")
     warnings.warn(
-        "no ffr_ext kernel serves the CUDA tensors of this process; backend='reference' computes in plain torch. "
+        "no ffr_ext kernel serves the CUDA tensors of this process, plain torch does (backend='reference'). "
         + "; ".join(reasons),
         BackendFallbackWarning,
         stacklevel=4,
