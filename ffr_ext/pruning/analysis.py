@@ -49,7 +49,9 @@ class Read:
     `absorbable`, which goes into the bias.
     """
 
-    where: str
+    node: Node
+    dim: int  # of the node's result: the outputs
+    start: int  # the first of them, for a group of a convolution
     inputs: Tensor  # labels
     outputs: Tensor  # labels
     uses: Tensor  # bool [outputs, inputs]
@@ -61,6 +63,13 @@ class Read:
         None  # [outputs, inputs]: what an input of constant 1 adds to the outputs
     )
     bias: BiasTarget | None = None
+    silenced: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.bool)
+    )  # see Analysis._silenced
+
+    @property
+    def where(self) -> str:
+        return where(self.node)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,10 @@ class Analysis:
             self.labels[name] = tuple(self.sets.new(s) if s > 1 else None for s in tensor.shape)
         for node in graph.nodes:
             self._visit(node)
+        for read in self.reads:
+            read.silenced = self._silenced(read.node, read.dim)[
+                read.start : read.start + read.outputs.numel()
+            ]
 
     # ---------------------------------------------------------------------------------------------------
     # For the rules
@@ -155,6 +168,21 @@ class Analysis:
         elif node.op == "output":
             for flow in self._input_flows(node.args):
                 self.pin(flow, "an output of the model")
+
+    def _silenced(self, node: Node, dim: int) -> Tensor:
+        """The indices of a node's result that everything behind it ignores: an op that keeps channels apart, such as
+        a batch norm with a gamma of 0, makes constants of them, and nothing else looks at them before."""
+        flow = self.made[node]
+        silenced = torch.zeros(flow.shape[dim], dtype=torch.bool)
+        while len(node.users) == 1:
+            (node,) = node.users
+            result = self.made.get(node)
+            if not isinstance(result, Flow) or not keeps_channels_apart(node) or result.rank != flow.rank:
+                break
+            if result.shape[dim] != flow.shape[dim]:
+                break
+            silenced |= ~states.per_index(result.state, dim, result.shape[dim])[1]
+        return silenced
 
     def _placeholder(self, node: Node) -> Flow | None:
         name = self.graph.tensor_names.get(node)
@@ -267,6 +295,24 @@ def unknown_flow(value: Any) -> Any:
 
 def meta_shape(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
+
+
+_CHANNEL_WISE = {
+    "batch_norm",
+    "instance_norm",
+    "dropout",
+    "feature_dropout",
+    "to",
+    "contiguous",
+    "hardswish",
+    "prelu",
+}
+
+
+def keeps_channels_apart(node: Node) -> bool:
+    """Index i of the result, along any dimension the op does not shrink, is made from the indices i of its inputs."""
+    name = op_name(node).removesuffix("_")
+    return torch.Tag.pointwise in getattr(node.target, "tags", []) or name in _CHANNEL_WISE
 
 
 def _makes_tensors(node: Node) -> bool:

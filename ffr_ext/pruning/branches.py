@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .analysis import Analysis, Flow
+from .scale import filter_dim
 from .tracing import module_paths, op_name
 
 IDENTITY, ZEROS = "Identity", "Threshold"
@@ -76,7 +77,7 @@ def _replaceable(
     modules = analysis.graph.modules
     module = modules.get(path)
     called_once = "@" not in path and f"{path}@1" not in inside
-    if module is None or not called_once or next(module.parameters(), None) is None:
+    if module is None or not called_once or not any(filter_dim(m) is not None for m in module.modules()):
         return None
     if sum(m is module for m in modules.values()) > 1:
         return None
@@ -125,7 +126,7 @@ def _equalities(analysis: Analysis) -> dict[Node, Node]:
         ):
             positive.add(node)
         equal = _equal_argument(analysis, node, name, positive, same)
-        if equal is not None and analysis.unchanged(equal):
+        if equal is not None and analysis.unchanged(same.get(equal, equal)):
             same[node] = same.get(equal, equal)
             if same[node] in positive:
                 positive.add(node)

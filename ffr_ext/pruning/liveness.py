@@ -86,7 +86,9 @@ class Solver:
                 gone, unneeded = removed[inputs], (removed | spare)[inputs]
                 if not bool(unneeded.any()):
                     continue
-                blocked = unneeded & read.live & read.uses[~(removed | spare)[outputs]].any(0)
+                blocked = (
+                    unneeded & read.live & read.uses[~(removed | spare)[outputs] & ~read.silenced].any(0)
+                )
                 if bool(blocked.any()):
                     changed = True
                     self._explain(read, inputs, blocked)

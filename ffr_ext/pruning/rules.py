@@ -194,6 +194,16 @@ def _dropout(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | No
     return None if bound["train"] else Flow(flow.shape, flow.labels, flow.state)
 
 
+@rule("threshold")
+def _threshold(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    if bound["threshold"] != float("inf"):
+        return pointwise(analysis, node, bound)
+    flow: Flow = bound["self"]  # what a dead branch was replaced by
+    return Flow(
+        flow.shape, flow.labels, states.constant(torch.full((1,) * flow.rank, float(bound["value"])).double())
+    )
+
+
 @rule("prelu")
 def _prelu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
     flow, slope = bound["self"], bound["weight"]

@@ -132,7 +132,9 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
             of_in, of_out = (slice(g * n // groups, (g + 1) * n // groups) for n in (n_in, n_out))
             kernel_sum = _lazy_sum(taken[of_out])
             read = Read(
-                where=where(node),
+                node=node,
+                dim=channel,
+                start=of_out.start,
                 inputs=inputs[of_in],
                 outputs=outputs[of_out],
                 uses=(taken[of_out] != 0).flatten(2).any(2) if kernel else taken[of_out] != 0,
@@ -293,7 +295,9 @@ def _weighted(
         live = live | ~uniform
     target = _bias_target(analysis, node, weight, bias, n_out)
     read = Read(
-        where=where(node),
+        node=node,
+        dim=len(meta_shape(node)) - 1,
+        start=0,
         inputs=inputs,
         outputs=outputs,
         uses=matrix != 0,
