@@ -54,7 +54,7 @@ class Case:
         return "/".join([f"{self.setting.name}x{self.batch}", *(s for s in special if s)])
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         return {"norm": self.norm, "curvature_kind": self.curvature_kind}
 
     def features(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
@@ -231,7 +231,7 @@ def cases(device: torch.device | str, options: Options) -> Iterator[Case]:
     for norm in ("l2_squared", "l2"):
         yield replace(plain, norm=norm)
     yield replace(plain, norm="l2", curvature_kind="angle")
-    form = {"dtype": "bfloat16", "layout": "channels_last"} if gpu else {}
+    form: dict[str, Any] = {"dtype": "bfloat16", "layout": "channels_last"} if gpu else {}
     for batch in (1, 4, 16, 64, 256):  # speed-up by size
         yield replace(plain, batch=batch, **form)
 

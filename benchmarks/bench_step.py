@@ -69,7 +69,7 @@ class Step:
         self.model = case.build().to(device)
         self.x, self.y = networks.images(case.batch, case.image, case.classes, device)
         if case.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.x = self.x.to(memory_format=torch.channels_last)
         self.case, self.device = case, torch.device(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)

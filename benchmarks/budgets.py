@@ -87,7 +87,7 @@ def count_run(run: Callable[[], Any], device: str) -> Counts:
     }
 
 
-LOSSES = {
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny2": ("tiny2", {}),
     "tiny3": ("tiny3", {}),
     "resnet20": ("resnet20", {}),

@@ -66,8 +66,8 @@ def main(setting: str, provider: str, device: str) -> dict[str, object]:
     case = Case(SETTINGS[setting], SETTINGS[setting].batch_on(device))
     features = case.features(device)
     # What a training process has done by then: an autograd pass, and on a GPU a context and a kernel.
-    torch.autograd.grad(sum(f.mean() for f in features), features)
-    milliseconds = []
+    torch.autograd.grad(torch.stack([f.mean() for f in features]).sum(), features)
+    milliseconds: list[float] = []
     for _ in range(2):
         _wait(device)
         start = time.perf_counter()
