@@ -11,13 +11,13 @@ what became of the filters, and draws pictures into runs/demo. Takes minutes on 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import plots
 from data import Images, load
+from filters import DEAD, Pruned, prune
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,8 +28,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from sparsity_report import DEAD, Layer, report
-from train import Config, Epoch, Run
+from train import Config, Epoch, Run, write_csv
 
 WITHOUT, WITH = "without FFR", "with FFR"
 
@@ -68,26 +67,42 @@ def train_both(config: Config, images: Images, console: Console) -> dict[str, Ru
     return runs
 
 
-def layer_table(layers: dict[str, list[Layer]], accuracy: dict[str, float]) -> Table:
-    """Dead filters per layer and in all, and the share of parameters and FLOPs that are theirs."""
-    table = Table(title=f"Filters with an effective scale under {DEAD:g}")
+def layer_table(results: dict[str, Pruned]) -> Table:
+    """Dead filters per layer and in all."""
+    table = Table(title=f"Filters with an effective scale of at most {DEAD:g}")
     table.add_column("convolution")
     table.add_column("filters", justify="right")
-    for label in layers:
+    for label in results:
         table.add_column(f"dead, {label}", justify="right")
-    for rows in zip(*layers.values(), strict=True):
-        table.add_row(rows[0].name, str(rows[0].filters), *(str(row.dead) for row in rows))
+    for rows in zip(*(result.filters for result in results.values()), strict=True):
+        table.add_row(rows[0].name, str(rows[0].filters), *(str(row.zero_filters) for row in rows))
     table.add_section()
-    chosen = list(layers.values())
-    total = sum(row.filters for row in chosen[0])
+    total = next(iter(results.values())).total
+    table.add_row("all", str(total), *(_share(r.dead, total) for r in results.values()), style="bold")
+    return table
+
+
+def network_table(runs: dict[str, Run], results: dict[str, Pruned]) -> Table:
+    """Accuracy, zero weights, and the networks before and after their dead filters are cut out."""
+    table = Table(title="The networks, and what is left when the dead filters are cut out")
+    table.add_column("")
+    for label in runs:
+        table.add_column(label, justify="right")
+    reports = [result.compaction.report for result in results.values()]
+    before = [run.history[-1].test_accuracy for run in runs.values()]
+    after = [run.accuracy(results[label].compaction.model) for label, run in runs.items()]
+    weights = sum(layer.weights for layer in next(iter(results.values())).filters)
+    zeros = [result.zero_weights for result in results.values()]
+    table.add_row("test accuracy", *(f"{value:.1%}" for value in before), style="bold")
+    table.add_row("test accuracy, smaller network", *(f"{value:.1%}" for value in after), style="bold")
+    table.add_row("zero weights, dead filters zeroed", *(_share(value, weights) for value in zeros))
+    table.add_row("parameters", *(f"{report.parameters[0]:,}" for report in reports))
+    table.add_row("parameters that could go, and went", *(_gone(report.parameters) for report in reports))
+    table.add_row("FLOPs for 8 images", *(f"{report.flops[0]:,}" for report in reports))
+    table.add_row("FLOPs that could go, and went", *(_gone(report.flops) for report in reports))
     table.add_row(
-        "all", str(total), *(_share(sum(r.dead for r in rows), total) for rows in chosen), style="bold"
+        "largest change of an output by cutting", *(f"{report.max_error:.1g}" for report in reports)
     )
-    for name, what in (("parameters that could go", "weights"), ("FLOPs that could go", "flops")):
-        everything = sum(getattr(row, what) for row in chosen[0])
-        gone = [sum(getattr(row, f"removable_{what}") for row in rows) for rows in chosen]
-        table.add_row(name, f"{everything:,}", *(_share(value, everything) for value in gone))
-    table.add_row("test accuracy", "", *(f"{accuracy[label]:.1%}" for label in layers), style="bold")
     return table
 
 
@@ -95,17 +110,46 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})"
 
 
-def write_results(runs: dict[str, Run], layers: dict[str, list[Layer]], folder: Path) -> None:
-    """CSV logs of both runs, the table, and the pictures."""
+def _gone(sizes: tuple[int, int]) -> str:
+    return _share(sizes[0] - sizes[1], sizes[0])
+
+
+def write_results(runs: dict[str, Run], results: dict[str, Pruned], folder: Path) -> list[Path]:
+    """CSV logs of both runs, the tables, and the pictures."""
     for label, run in runs.items():
         run.write_logs(folder / label.replace(" ", "_"))
-    with (folder / "filters.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *asdict(layers[WITH][0])])
-        writer.writerows([label, *asdict(row).values()] for label, rows in layers.items() for row in rows)
-    plots.filters_alive(layers, folder / "filters_alive.png")
-    plots.flow_terms({label: run.terms for label, run in runs.items()}, folder / "flow_terms.png")
-    plots.training({label: run.history for label, run in runs.items()}, folder / "training.png")
+    filters = [
+        {"run": label, "layer": row.name, "filters": row.filters, "dead": row.zero_filters}
+        for label, result in results.items()
+        for row in result.filters
+    ]
+    networks = []
+    for label, result in results.items():
+        report, run = result.compaction.report, runs[label]
+        networks.append(
+            {
+                "run": label,
+                "filters": result.total,
+                "dead_filters": result.dead,
+                "zero_weights": result.zero_weights,
+                "test_accuracy": run.history[-1].test_accuracy,
+                "test_accuracy_smaller": run.accuracy(result.compaction.model),
+                "parameters": report.parameters[0],
+                "parameters_smaller": report.parameters[1],
+                "flops": report.flops[0],
+                "flops_smaller": report.flops[1],
+                "largest_output_change": report.max_error,
+            }
+        )
+    files = [folder / f"{name}.png" for name in ("filters_alive", "pruned", "flow_terms", "training")]
+    files += [folder / "filters.csv", folder / "networks.csv"]
+    write_csv(files[-2], filters)
+    write_csv(files[-1], networks)
+    plots.filters_alive({label: result.filters for label, result in results.items()}, files[0])
+    plots.pruned(results, files[1])
+    plots.flow_terms({label: run.terms for label, run in runs.items()}, files[2])
+    plots.training({label: run.history for label, run in runs.items()}, files[3])
+    return files
 
 
 def main(argv: list[str] | None = None) -> dict[str, Run]:
@@ -142,12 +186,11 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     )
     start = time.perf_counter()
     runs = train_both(config, images, console)
-    layers = {label: report(run.model, images.test_x) for label, run in runs.items()}
-    accuracy = {label: run.history[-1].test_accuracy for label, run in runs.items()}
-    console.print(layer_table(layers, accuracy))
-    write_results(runs, layers, options.out)
-    for name in ("filters_alive.png", "flow_terms.png", "training.png", "filters.csv"):
-        console.print(f"wrote {options.out / name}")
+    results = {label: prune(run.model, images.test_x[:8]) for label, run in runs.items()}
+    console.print(layer_table(results))
+    console.print(network_table(runs, results))
+    for file in write_results(runs, results, options.out):
+        console.print(f"wrote {file}")
     console.print(f"{time.perf_counter() - start:.0f} s in all")
     return runs
 

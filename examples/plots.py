@@ -12,14 +12,16 @@ matplotlib.use("Agg")  # files only: demo and tests run without a display
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from sparsity_report import Layer
+    from filters import Pruned
     from train import Epoch
+
+    from ffr_ext.pruning.counting import LayerSparsity
 
 WITH, WITHOUT = "#d95f02", "#7f7f7f"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
 
 
-def filters_alive(layers: dict[str, Sequence[Layer]], path: Path) -> None:
+def filters_alive(layers: dict[str, Sequence[LayerSparsity]], path: Path) -> None:
     """Filters alive in every layer at the end of training, one group of bars a layer, next to all there
     are."""
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -29,12 +31,30 @@ def filters_alive(layers: dict[str, Sequence[Layer]], path: Path) -> None:
     axes.bar(positions, every, width=0.92, color="#eeeeee", label="all filters")
     for index, (label, chosen) in enumerate(layers.items()):
         offset = (index - (len(layers) - 1) / 2) * 0.4
-        alive = [layer.filters - layer.dead for layer in chosen]
+        alive = [layer.filters - layer.zero_filters for layer in chosen]
         total = f"{label}: {sum(alive)} of {sum(every)} alive"
         axes.bar([p + offset for p in positions], alive, 0.38, color=(WITHOUT, WITH)[index % 2], label=total)
     axes.set_xticks(list(positions), [_short(name) for name in names], rotation=60, ha="right")
     axes.set(xlabel="convolution", ylabel="filters", title="Filters alive after training")
     axes.legend(frameon=False, loc="upper left")
+    _save(figure, path)
+
+
+def pruned(results: dict[str, Pruned], path: Path) -> None:
+    """What is left of parameters and FLOPs once the dead filters are cut out."""
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for index, (label, result) in enumerate(results.items()):
+        report = result.compaction.report
+        shares = [after / before for before, after in (report.parameters, report.flops)]
+        positions = [position + (index - (len(results) - 1) / 2) * 0.38 for position in range(len(shares))]
+        bars = axes.bar(
+            positions, [100 * share for share in shares], 0.36, color=(WITHOUT, WITH)[index % 2], label=label
+        )
+        axes.bar_label(bars, [f"{100 * share:.0f} %" for share in shares])
+    axes.axhline(100, color="#bbbbbb", lw=1)
+    axes.set_xticks(range(2), ["parameters", "FLOPs"])
+    axes.set(ylabel="% left", title="After cutting out the dead filters (same outputs)", ylim=(0, 118))
+    axes.legend(frameon=False, loc="upper center", ncols=2)
     _save(figure, path)
 
 

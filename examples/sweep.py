@@ -22,10 +22,10 @@ from typing import Any
 import plots
 import torch
 from data import Images, load
-from sparsity_report import report, switch_off_dead_filters
+from filters import DEAD
 from train import Config, Run
 
-from ffr_ext import __version__, backends
+from ffr_ext import __version__, backends, zero_small_filters
 
 KEYS = ("model", "weight", "norm", "epochs", "seed")
 
@@ -36,8 +36,7 @@ def one_run(config: Config, images: Images) -> dict[str, Any]:
     run = Run(config, images)
     run.train()
     last = run.history[-1]
-    layers = report(run.model, images.test_x)
-    switch_off_dead_filters(run.model)
+    zero_small_filters(run.model, DEAD)
     return {
         "model": config.model,
         "weight": config.ffr_gradient,
@@ -49,8 +48,6 @@ def one_run(config: Config, images: Images) -> dict[str, Any]:
         "dead_share": round(last.dead_filters / last.filters, 4),
         "test_accuracy": round(last.test_accuracy, 4),
         "accuracy_without_dead": round(run.test()[1], 4),
-        "removable_weights": sum(layer.removable_weights for layer in layers),
-        "weights": sum(layer.weights for layer in layers),
         "train_loss": round(last.loss, 6),
         "seconds": round(time.perf_counter() - start, 1),
         "backend": backends.resolve(config.backend, "cpu"),

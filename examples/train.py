@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from data import Images, batches, load
+from filters import DEAD, convolutions, prune
 from models import MODELS, build, flow_layers
-from sparsity_report import DEAD, report
-from torch import Tensor
+from torch import nn
 
 from ffr_ext import FeatureFlow
 from ffr_ext.backends import BACKENDS
@@ -127,7 +127,7 @@ class Run:
                 sums += torch.stack([task.detach() * len(y), penalty.detach() * len(y), correct])
         loss, penalty_mean, accuracy = (sums / len(images.train_x)).tolist()
         test_loss, test_accuracy, terms = self.test()
-        filters = report(self.model, images.test_x)
+        filters = convolutions(self.model)
         number = len(self.history) + 1
         self.terms += [{"epoch": number, **row} for row in terms]
         self.history.append(
@@ -139,12 +139,19 @@ class Run:
                 train_accuracy=accuracy,
                 test_loss=test_loss,
                 test_accuracy=test_accuracy,
-                dead_filters=sum(layer.dead for layer in filters),
+                dead_filters=sum(layer.zero_filters for layer in filters),
                 filters=sum(layer.filters for layer in filters),
                 seconds=time.perf_counter() - start,
             )
         )
         return self.history[-1]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Test accuracy of another network on the same images."""
+        model.eval()
+        pairs = batches(self.images.test_x, self.images.test_y, 500)
+        return sum(float((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(self.images.test_x)
 
     @torch.no_grad()
     def test(self) -> tuple[float, float, list[dict[str, Any]]]:
@@ -219,11 +226,7 @@ class Run:
         """history.csv, terms.csv and filters.csv."""
         write_csv(folder / "history.csv", [asdict(epoch) for epoch in self.history])
         write_csv(folder / "terms.csv", self.terms)
-        layers = report(self.model, self.images.test_x)
-        write_csv(folder / "filters.csv", [asdict(layer) for layer in layers])
-
-    def image(self) -> Tensor:
-        return self.images.test_x[:1]
+        write_csv(folder / "filters.csv", [asdict(layer) for layer in convolutions(self.model)])
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -257,6 +260,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/train"), help="folder of the logs and the checkpoint"
     )
     arguments.add_argument("--checkpoint-every", type=int, default=10, metavar="EPOCHS")
+    arguments.add_argument(
+        "--compact",
+        action="store_true",
+        help="cut the dead filters out at the end; writes compact.pt and plan.json",
+    )
     arguments.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     return arguments
 
@@ -289,7 +297,20 @@ def main(argv: list[str] | None = None) -> Run:
         f"{dead} of {run.history[-1].filters} filters have an effective scale under {DEAD}; logs in "
         f"{arguments.out}"
     )
+    if arguments.compact:
+        write_compacted(run, arguments.out)
     return run
+
+
+def write_compacted(run: Run, folder: Path) -> None:
+    """The smaller network: its weights in compact.pt, and in plan.json what to cut from a fresh network to
+    load them."""
+    pruned = prune(run.model, run.images.test_x[:8])
+    smaller = pruned.compaction.model
+    pruned.compaction.plan.save(folder / "plan.json")
+    torch.save(smaller.state_dict(), folder / "compact.pt")
+    print(pruned.compaction.report)
+    print(f"test accuracy {run.accuracy(run.model):.2%}, of the smaller network {run.accuracy(smaller):.2%}")
 
 
 if __name__ == "__main__":

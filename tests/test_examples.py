@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from ffr_ext import CompactionPlan
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -23,8 +25,8 @@ pytest.importorskip("rich", reason="the examples need ffr-ext[demo]")
 
 import data  # noqa: E402
 import demo  # noqa: E402
+import filters  # noqa: E402
 import models  # noqa: E402
-import sparsity_report  # noqa: E402
 import sweep  # noqa: E402
 import train  # noqa: E402
 
@@ -202,19 +204,25 @@ def test_augmentation_is_a_crop_of_the_padded_or_mirrored_image() -> None:
 # --- dead filters ---------------------------------------------------------------------------------
 
 
-def test_effective_scale_decides_which_filters_are_dead() -> None:
-    model = models.build("resnet8", 10, 1)
-    norm = model.stem[1]
-    norm.weight.data.fill_(1)
-    norm.weight.data[0] = 5e-3  # small gamma
-    norm.running_var[1] = 1e-10  # the filter's output does not vary: sqrt(1e-10 / (1e-10 + 1e-5)) = 3e-3
-    norm.running_var[2] = 1e-6  # 0.3: alive
-    stem = sparsity_report.report(model, torch.randn(1, 1, 8, 8))[0]
-    assert (stem.name, stem.filters, stem.dead) == ("stem.0", 16, 2)
-    assert (stem.weights, stem.flops) == (144, 144 * 64)
-    assert (stem.removable_weights, stem.removable_flops) == (18, 18 * 64)
-    assert sparsity_report.switch_off_dead_filters(model) == 2
-    assert norm.weight[:3].tolist() == [0, 0, 1]
+def test_dead_filters_are_counted_and_cut_out() -> None:
+    model = models.build("resnet8", 10, 1).eval()
+    block = model.stages[1][0]
+    block.norm1.weight.data.fill_(1)
+    block.norm1.weight.data[0] = 5e-3  # small gamma
+    block.norm1.running_var[1] = 1e-10  # hardly varies: sqrt(1e-10 / (1e-10 + 1e-5)) = 3e-3
+    block.norm1.running_var[2] = 1e-6  # 0.3: alive
+    images = torch.randn(4, 1, 8, 8)
+    before = model(images)
+    pruned = filters.prune(model, images)
+    assert torch.equal(model(images), before)
+    assert {layer.name: layer.zero_filters for layer in pruned.filters if layer.zero_filters} == {
+        "stages.1.0.conv1": 2
+    }
+    assert (pruned.dead, pruned.total) == (2, 240)
+    assert pruned.zero_weights == 2 * 16 * 9
+    smaller = pruned.compaction.model
+    assert smaller.stages[1][0].conv1.out_channels == 30
+    torch.testing.assert_close(smaller(images), pruned.zeroed(images))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -260,6 +268,14 @@ def test_resuming_gives_bit_for_bit_the_uninterrupted_run(tmp_path: Path) -> Non
     assert whole.terms == resumed.terms
 
 
+def test_the_compacted_network_can_be_loaded_again(tmp_path: Path) -> None:
+    run = train.main([*options(epochs=1, out=tmp_path), "--compact"])
+    fresh = models.build("resnet8", 10, 1)
+    CompactionPlan.load(tmp_path / "plan.json").apply(fresh)
+    fresh.load_state_dict(torch.load(tmp_path / "compact.pt"))
+    assert run.accuracy(fresh) == pytest.approx(run.history[-1].test_accuracy)
+
+
 def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
     losses = [train.main(options(epochs=1, seed=seed, out=tmp_path)).history[0].loss for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
@@ -303,7 +319,7 @@ def test_the_demo_prints_the_table_and_draws_the_pictures(
         "688",
     ):
         assert words in text
-    for name in ("filters_alive.png", "flow_terms.png", "training.png"):
+    for name in ("filters_alive.png", "pruned.png", "flow_terms.png", "training.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert {row["run"] for row in read(tmp_path / "filters.csv")} == set(runs)
     # Both runs saw the same initial network and the same batches: only the penalty differs.
