@@ -89,27 +89,24 @@ def compact(
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    args, kwargs = as_call(example_inputs)
-    check = Check(model, args, kwargs)
-    search = _Search(model, args, kwargs, check, Options(round_to, min_channels))
     with check_same_on_all_ranks() as agree:
-        found = search.run(strict)
+        args, kwargs = as_call(example_inputs)
+        check = Check(model, args, kwargs)
+        found = _Search(model, args, kwargs, check, Options(round_to, min_channels)).run(strict)
         agree(found.plan.digest())
 
+    before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))
+    source = model
     result = found.candidate
     if inplace:
-        before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))
         source = copy.deepcopy(model) if measure else model
         found.plan.apply(model, optimizer)
         result = model
-    else:
-        before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))
-        source = model
-        if optimizer is not None:
-            try:
-                optimizer_state.carry_over(optimizer, model, result, found.plan)
-            except optimizer_state.OptimizerError as error:
-                raise ValueError(str(error)) from error
+    elif optimizer is not None:
+        try:
+            optimizer_state.carry_over(optimizer, model, result, found.plan)
+        except optimizer_state.OptimizerError as error:
+            raise ValueError(str(error)) from error
     after = (count_parameters(result), count_flops(result, args, kwargs), count_bytes(result))
     report = CompactionReport(
         parameters=(before[0], after[0]),
