@@ -43,9 +43,10 @@ struct Chunks {
   int64_t tile;  // positions per tile
 
   // walked: how many features' elements a position stands for.
-  Chunks(DType dtype, const StageShape& shape, int64_t walked, int64_t first) : first(first) {
+  Chunks(DType dtype, const StageShape& shape, int64_t walked, int64_t tile_bytes, int64_t first)
+      : first(first) {
     group_size = shape.numel / shape.groups;
-    tile = kRowBytes / element_size(dtype);
+    tile = tile_bytes / element_size(dtype);
     size = std::max<int64_t>(kChunkElements / (tile * std::max<int64_t>(walked, 1)), 1) * tile;
     per_group = (group_size + size - 1) / size;
   }
@@ -130,6 +131,9 @@ void combine(const Job& job) {
       for (int64_t row = 0; row < rows; ++row) job.stats[row * groups + group] += partial[row];
 }
 
+// A gradient that goes past the caches is made here first, in the L1 cache.
+constexpr int64_t kStreamBytes = 4096;
+
 // Copies past the caches. `to` is 64-byte aligned where the caller asked for it.
 void stream_copy(void* to, const void* from, int64_t bytes) {
 #if defined(__x86_64__)
@@ -191,7 +195,7 @@ void backward_positions(const Job& job, const RowKernels& rows, const BackwardOp
                         const GradientCoef& coef, int64_t l, int64_t i, int64_t count, void* grad_base) {
   const DType dtype = job.stage.dtype;
   const int64_t size = element_size(dtype);
-  alignas(64) char buffer[kRowBytes];
+  alignas(64) char buffer[kStreamBytes];
   char* grad = at(grad_base, dtype, i);
   if (job.stage.shape.length < 2) {  // no term: the gradient is zero
     if (!options.accumulate) memset(grad, 0, static_cast<size_t>(count * size));
@@ -205,11 +209,15 @@ void backward_positions(const Job& job, const RowKernels& rows, const BackwardOp
     if (count > 1) backward_positions(job, rows, options, coef, l, i + 1, count - 1, grad_base);
     return;
   }
-  if (options.stream && reinterpret_cast<uintptr_t>(grad) % 64 == 0) {
-    backward_tile(job, rows, options, coef, l, i, count, buffer);
-    stream_copy(grad, buffer, count * size);
-  } else {
+  if (!options.stream || reinterpret_cast<uintptr_t>(grad) % 64 != 0) {
     backward_tile(job, rows, options, coef, l, i, count, grad);
+    return;
+  }
+  const int64_t part = kStreamBytes / size;
+  for (int64_t done = 0; done < count; done += part) {
+    const int64_t now = std::min(part, count - done);
+    backward_tile(job, rows, options, coef, l, i + done, now, buffer);
+    stream_copy(grad + done * size, buffer, now * size);
   }
 }
 
@@ -228,8 +236,8 @@ void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOption
   if (options.stream) stream_fence();
 }
 
-Job make_job(const StageView& stage, int64_t walked, int64_t first_chunk) {
-  return Job{stage, walked, Chunks(stage.dtype, stage.shape, walked, first_chunk)};
+Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, int64_t first_chunk) {
+  return Job{stage, walked, Chunks(stage.dtype, stage.shape, walked, tile_bytes, first_chunk)};
 }
 
 }  // namespace
@@ -239,7 +247,7 @@ void flow_forward(const StageView* stages, int64_t num_stages, bool squared, dou
   std::vector<Job> jobs;
   int64_t first_chunk = 0, num_partial = 0;
   const auto add_job = [&](const StageView& stage, double* job_stats, uint8_t* job_signs) {
-    Job job = make_job(stage, stage.shape.length, first_chunk);
+    Job job = make_job(stage, stage.shape.length, kForwardTileBytes, first_chunk);
     job.stats = job_stats;
     job.signs = job_signs;
     first_chunk += job.num_chunks();
@@ -286,7 +294,7 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
   int64_t first_chunk = 0, grad_bytes = 0;
   for (int64_t s = 0; s < num_stages; ++s) {
     const StageView& stage = stages[s];
-    Job job = make_job(stage, stage.shape.length, first_chunk);
+    Job job = make_job(stage, stage.shape.length, kBackwardTileBytes, first_chunk);
     job.planes = signs;
     job.coef = coef;
     first_chunk += job.num_chunks();
@@ -305,7 +313,7 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
 
 void flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs, const double* coef,
                       int64_t index, void* grad, bool accumulate, ParallelFor parallel_for) {
-  Job job = make_job(stage, 1, 0);
+  Job job = make_job(stage, 1, kBackwardTileBytes, 0);
   job.planes = signs;
   job.coef = coef;
   const BackwardOptions options{squared, accumulate, false};

@@ -75,6 +75,7 @@ FFR_INLINE void pack_signs(const Block<float>& d, const Block<float>& c, uint8_t
 // index.
 template <>
 struct SignLookup<float> {
+  static constexpr bool kPaired = false;
   __m256 a_prev, a, e_prev2, e_prev_twice, e;
 
   FFR_INLINE static __m256 products(double coef) {
@@ -89,18 +90,20 @@ struct SignLookup<float> {
         e_prev_twice(products(2.0 * k.e_prev)),
         e(products(k.e)) {}
 
+  FFR_INLINE static __m256i broadcast(const uint8_t* nibbles) {
+    int32_t word;
+    memcpy(&word, nibbles, sizeof(word));
+    return _mm256_set1_epi32(word);
+  }
+
   FFR_INLINE Block<float> gradient(const uint8_t* plane_prev2, const uint8_t* plane_prev,
                                    const uint8_t* plane) const {
     const __m256i s_shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i t_shift = _mm256_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30);
     Block<float> r;
     for (int i = 0; i < 4; ++i) {
-      int32_t words[3];
-      memcpy(&words[0], plane_prev2 + 4 * i, 4);
-      memcpy(&words[1], plane_prev + 4 * i, 4);
-      memcpy(&words[2], plane + 4 * i, 4);
-      const __m256i prev2 = _mm256_set1_epi32(words[0]), prev = _mm256_set1_epi32(words[1]);
-      const __m256i current = _mm256_set1_epi32(words[2]);
+      const __m256i prev2 = broadcast(plane_prev2 + 4 * i), prev = broadcast(plane_prev + 4 * i);
+      const __m256i current = broadcast(plane + 4 * i);
       const __m256 first = _mm256_sub_ps(_mm256_permutevar_ps(a_prev, _mm256_srlv_epi32(prev, s_shift)),
                                          _mm256_permutevar_ps(a, _mm256_srlv_epi32(current, s_shift)));
       const __m256 second =

@@ -66,6 +66,7 @@ FFR_INLINE void pack_signs(const Block<float>& d, const Block<float>& c, uint8_t
 // so one lookup gives the sum of two products.
 template <>
 struct SignLookup<float> {
+  static constexpr bool kPaired = true;
   __m512 first, second, third;  // by (s_prev, s), by (t_prev2, t_prev), by (any, t)
 
   FFR_INLINE static __m512 times(double coef, const __m512& signs) {
@@ -80,27 +81,25 @@ struct SignLookup<float> {
     third = times(k.e, high);
   }
 
-  // The 16 nibbles of 8 bytes as the low bits of 16 indices; vpermps ignores the higher bits.
-  FFR_INLINE static __m512i indices(uint64_t nibbles) {
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    const __m512i low = _mm512_set1_epi32(static_cast<int32_t>(nibbles));
-    return _mm512_srlv_epi32(_mm512_mask_set1_epi32(low, 0xff00, static_cast<int32_t>(nibbles >> 32)), shift);
+  // The products for 16 nibbles, nibble j in lane 2 j and nibble 8 + j in lane 2 j + 1: so a plain broadcast
+  // of the 8 bytes (which the load unit does) and one shift make the indices, vpermps ignores their higher
+  // bits.
+  FFR_INLINE static __m512 products(const uint8_t* nibbles, const __m512& table) {
+    const __m512i shift = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    int64_t word;
+    memcpy(&word, nibbles, sizeof(word));
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(word), shift), table);
   }
 
-  FFR_INLINE Block<float> gradient(const uint8_t* plane_prev2, const uint8_t* plane_prev,
+  FFR_INLINE Block<float> gradient(const uint8_t* s_pairs, const uint8_t* t_pairs,
                                    const uint8_t* plane) const {
+    const __m512i in_order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     Block<float> r;
     for (int i = 0; i < 2; ++i) {
-      uint64_t prev2, prev, current;
-      memcpy(&prev2, plane_prev2 + 8 * i, 8);
-      memcpy(&prev, plane_prev + 8 * i, 8);
-      memcpy(&current, plane + 8 * i, 8);
-      constexpr uint64_t kLow = 0x3333333333333333u;
-      const uint64_t s_pairs = (prev & kLow) | ((current & kLow) << 2);
-      const uint64_t t_pairs = ((prev2 >> 2) & kLow) | (prev & ~kLow);
-      const __m512 sum = _mm512_add_ps(_mm512_permutexvar_ps(indices(t_pairs), second),
-                                       _mm512_permutexvar_ps(indices(current), third));
-      r.v[i] = (Block<float>::Vector)_mm512_add_ps(_mm512_permutexvar_ps(indices(s_pairs), first), sum);
+      const __m512 sum =
+          _mm512_add_ps(products(s_pairs + 8 * i, first),
+                        _mm512_add_ps(products(t_pairs + 8 * i, second), products(plane + 8 * i, third)));
+      r.v[i] = (Block<float>::Vector)_mm512_permutexvar_ps(in_order, sum);
     }
     return r;
   }
