@@ -44,7 +44,9 @@ def resources(cubin: Path) -> dict[str, Resources]:
     found = {}
     for name, usage in re.findall(r"Function (\S+?):\s+(REG:.*)", report):
         number = dict(re.findall(r"([A-Z]+):(\d+)", usage))
-        found[name] = Resources(int(number["REG"]), int(number["STACK"]), int(number["LOCAL"]), int(number["SHARED"]))
+        found[name] = Resources(
+            int(number["REG"]), int(number["STACK"]), int(number["LOCAL"]), int(number["SHARED"])
+        )
     return found
 
 

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 #define FFR_LAUNCH(kernel, blocks, threads, shared_bytes, stream, args) \
   kernel<<<blocks, threads, shared_bytes, stream>>>(args)
+#define FFR_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #else
 #include "cuda_on_cpu.h"
 #endif

@@ -165,7 +165,7 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
 template <typename T, Mode mode>
 __global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
     forward_kernel(const __grid_constant__ ForwardArgs args) {
-  extern __shared__ double shared_sums[];  // [warp][2][stride]
+  FFR_DYNAMIC_SHARED(double, shared_sums);  // [warp][2][stride]
   int index = 0;
   while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
   const ForwardPiece& piece = args.pieces[index];

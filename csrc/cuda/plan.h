@@ -26,9 +26,16 @@ constexpr int64_t kMaxLength = 128;
 // Blocks that share the sums of all stages. Each leaves an fp64 slot per term; 4096 blocks of 256 threads are
 // some four fillings of a large GPU, enough to level out what they do, and their slots are added up in
 // microseconds. A constant, so that the order of the sums does not depend on the GPU.
-constexpr int64_t kForwardBlocks = 4096;
+#ifndef FFR_FORWARD_BLOCKS  // the tests without a GPU ask for a few, to give small tensors several tiles per
+                            // block
+#define FFR_FORWARD_BLOCKS 4096
+#endif
+constexpr int64_t kForwardBlocks = FFR_FORWARD_BLOCKS;
 // Backward blocks leave nothing behind; a few more even out better.
-constexpr int64_t kBackwardBlocks = 16384;
+#ifndef FFR_BACKWARD_BLOCKS
+#define FFR_BACKWARD_BLOCKS 16384
+#endif
+constexpr int64_t kBackwardBlocks = FFR_BACKWARD_BLOCKS;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -45,7 +45,9 @@ def flow_forward(
         entries = (2 * length - 3) * stage_groups
         stage_stats = stats[stats_begin : stats_begin + entries]
         stats_begin += entries
-        stage_signs = signs[signs_begin : signs_begin + (length - 1) * plane_bytes(numel)] if signs.numel() else None
+        stage_signs = (
+            signs[signs_begin : signs_begin + (length - 1) * plane_bytes(numel)] if signs.numel() else None
+        )
         signs_begin += (length - 1) * plane_bytes(numel)
         with _device(stage_stats):
             if stage_signs is not None and stage_groups > 1:
@@ -56,7 +58,9 @@ def flow_forward(
             _forward_stage(stage, stage_groups, squared, stage_stats, stage_signs)
 
 
-def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: Tensor, signs: Tensor | None) -> None:
+def _forward_stage(
+    stage: Sequence[Tensor], groups: int, squared: bool, stats: Tensor, signs: Tensor | None
+) -> None:
     length, numel = len(stage), stage[0].numel()
     if numel == 0:
         stats.zero_()
@@ -65,7 +69,9 @@ def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: T
     block = 32 * config.FORWARD_WARPS * config.FORWARD_ACCESSES * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
     # One tile: its sums are the group's, and go where they belong.
-    slots = stats if tiles == 1 else torch.empty(stats.numel() * tiles, dtype=shape.slots, device=stats.device)
+    slots = (
+        stats if tiles == 1 else torch.empty(stats.numel() * tiles, dtype=shape.slots, device=stats.device)
+    )
     bytes_per_plane = plane_bytes(numel)
     for begin, end in _pieces(length - 1):
         read = min(end + 2, length) - begin
@@ -95,7 +101,11 @@ def _forward_stage(stage: Sequence[Tensor], groups: int, squared: bool, stats: T
         )
     while tiles > 1:
         parts = triton.cdiv(tiles, config.ADD_PART)
-        sums = stats if parts == 1 else torch.empty(stats.numel() * parts, dtype=stats.dtype, device=stats.device)
+        sums = (
+            stats
+            if parts == 1
+            else torch.empty(stats.numel() * parts, dtype=stats.dtype, device=stats.device)
+        )
         add_slots_kernel[(stats.numel() * parts,)](
             slots,
             sums,
@@ -157,7 +167,9 @@ def flow_backward_at(
     if not 0 <= index < length:
         raise IndexError(f"index must be in [0, {length}), got {index}")
     with _device(coef):
-        _backward_piece(_Stage(features, signs, coef, length, numel, groups), squared, index, [grad], accumulate)
+        _backward_piece(
+            _Stage(features, signs, coef, length, numel, groups), squared, index, [grad], accumulate
+        )
 
 
 class _Stage(NamedTuple):
@@ -249,7 +261,9 @@ def _pieces(length: int) -> Iterator[tuple[int, int]]:
 
 def _check_signs(signs: Tensor) -> None:
     if signs.data_ptr() % config.ACCESS_BYTES:
-        raise ValueError(f"signs must begin at a multiple of {config.ACCESS_BYTES} bytes, got {signs.data_ptr():#x}")
+        raise ValueError(
+            f"signs must begin at a multiple of {config.ACCESS_BYTES} bytes, got {signs.data_ptr():#x}"
+        )
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:

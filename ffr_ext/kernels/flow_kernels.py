@@ -28,7 +28,14 @@ def _load(pointer, start, left, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store(
-    pointer, start, left, value, COMPUTE: tl.constexpr, ACCUMULATE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    pointer,
+    start,
+    left,
+    value,
+    COMPUTE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Writes `value`, or adds it, with one rounding."""
     if ACCUMULATE:
@@ -50,7 +57,15 @@ def _plane(signs, plane, plane_bytes, start, VEC: tl.constexpr, WORD: tl.constex
 
 @triton.jit
 def _load_codes(
-    signs, plane, plane_bytes, start, left, VEC: tl.constexpr, WORD: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+    signs,
+    plane,
+    plane_bytes,
+    start,
+    left,
+    VEC: tl.constexpr,
+    WORD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """What `_twice_signs` reads: words of VEC nibbles, or a byte per element where a group may begin anywhere."""
     if VECTOR:
@@ -63,7 +78,9 @@ def _load_codes(
 
 
 @triton.jit
-def _twice_signs(loaded, start, COMPUTE: tl.constexpr, VEC: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _twice_signs(
+    loaded, start, COMPUTE: tl.constexpr, VEC: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr
+):
     """2 * sign(d) and 2 * sign(c), one of each per element.
 
     Twice, because 2.0 and -2.0 are the bits 01 and 11 followed by zeros: a code becomes a float with a shift and a mask
@@ -279,7 +296,9 @@ def backward_signs_kernel(
             e1 = tl.load(second_coef + (i + 2) * groups, mask=seconds > i + 2, other=0.0)
         if i >= LEAD:
             if grads[i - LEAD] is not None:
-                _store(grads[i - LEAD], start, left, here - first + second, COMPUTE, ACCUMULATE, VECTOR, BLOCK)
+                _store(
+                    grads[i - LEAD], start, left, here - first + second, COMPUTE, ACCUMULATE, VECTOR, BLOCK
+                )
         here = after + first - 2 * second
         after = second
     if PLANES < LEAD + LENGTH:
@@ -349,7 +368,9 @@ def backward_squares_kernel(
             second = e * (d_after - d)
         if i >= LEAD:
             if grads[i - LEAD] is not None:
-                _store(grads[i - LEAD], start, left, here - first + second, COMPUTE, ACCUMULATE, VECTOR, BLOCK)
+                _store(
+                    grads[i - LEAD], start, left, here - first + second, COMPUTE, ACCUMULATE, VECTOR, BLOCK
+                )
         here = after + first - 2 * second
         after = second
     if PLANES < LEAD + LENGTH:
