@@ -95,8 +95,9 @@ class EmulatedKernels:
         numels = [features[i].numel() for i in firsts]
         self._done(
             self.library.flow_forward(
-                ctypes.c_int64(len(lengths)), self._dtypes(lengths, features), _int64s(lengths), _int64s(numels),
-                _int64s(groups), _pointers(features), int(squared), _pointer(stats), _pointer(signs),
+                ctypes.c_int64(len(lengths)), self._dtypes(lengths, features), _int64s(lengths),
+                _int64s(numels), _int64s(groups), _pointers(features), int(squared), _pointer(stats),
+                _pointer(signs),
             )
         )  # fmt: skip
 
@@ -107,13 +108,14 @@ class EmulatedKernels:
         self._done(
             self.library.flow_backward(
                 ctypes.c_int64(len(lengths)), self._dtypes(lengths, grads), _int64s(lengths), _int64s(numels),
-                _int64s(groups), _pointers(features), int(squared), _pointer(signs), _pointer(coef), _pointers(grads),
+                _int64s(groups), _pointers(features), int(squared), _pointer(signs), _pointer(coef),
+                _pointers(grads),
             )
         )  # fmt: skip
 
     def flow_backward_at(
-        self, features: list[Tensor], signs: Tensor, coef: Tensor, length: int, numel: int, groups: int, squared: bool,
-        index: int, grad: Tensor, accumulate: bool,
+        self, features: list[Tensor], signs: Tensor, coef: Tensor, length: int, numel: int, groups: int,
+        squared: bool, index: int, grad: Tensor, accumulate: bool,
     ) -> None:  # fmt: skip
         self._done(
             self.library.flow_backward_at(
@@ -126,8 +128,8 @@ class EmulatedKernels:
     def filter_norms(self, weights: list[Tensor], dims: list[int], p: float, out: Tensor) -> None:
         self._done(
             self.library.filter_norms(
-                ctypes.c_int64(len(weights)), _int32s([DTYPES[w.dtype] for w in weights]), _splits(weights, dims),
-                _pointers(weights), ctypes.c_double(p), _pointer(out),
+                ctypes.c_int64(len(weights)), _int32s([DTYPES[w.dtype] for w in weights]), _splits(weights,
+                dims), _pointers(weights), ctypes.c_double(p), _pointer(out),
             )
         )  # fmt: skip
 
@@ -136,8 +138,9 @@ class EmulatedKernels:
     ) -> None:
         self._done(
             self.library.compact_filters(
-                ctypes.c_int64(len(tensors)), _int64s([t.element_size() for t in tensors]), _splits(tensors, dims),
-                _pointers(tensors), _pointers(keep), _int64s([k.numel() for k in keep]), _pointers(outs),
+                ctypes.c_int64(len(tensors)), _int64s([t.element_size() for t in tensors]), _splits(tensors,
+                dims), _pointers(tensors), _pointers(keep), _int64s([k.numel() for k in keep]),
+                _pointers(outs),
             )
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What the kernels must compute, for every implementation of the op contract (docs/design.md, section 5).
 
-`check_flow` takes the three loss kernels of one implementation and compares everything they write with float64, bit by bit
-where the contract names bits: sums, packed signs, gradients, what must stay untouched.
+`check_flow` takes the three loss kernels of one implementation and compares everything they write with
+float64, bit by bit where the contract names bits: sums, packed signs, gradients, what must stay untouched.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def assert_guard_intact(view: Tensor, fill: float = float("nan")) -> None:
 
 
 def make_problem(stages: Sequence[StageSpec], squared: bool, device: str = "cpu") -> Problem:
-    """Features after a ReLU rounded to quarters for every second element (ties, zeros), Gaussian for the others."""
+    """Features after a ReLU rounded to quarters for every second element (ties, zeros), Gaussian for the
+    others.
+    """
     features, coef = [], []
     for spec in stages:
         stage = []
@@ -121,7 +123,9 @@ def expected_grads(
 
 
 def assert_grad(grad: Tensor, truth: Tensor, size: Tensor) -> None:
-    """One rounding to the dtype at the store, and the compute precision's rounding of each of up to eight addends."""
+    """One rounding to the dtype at the store, and the compute precision's rounding of each of up to eight
+    addends.
+    """
     compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
     allowed = torch.finfo(grad.dtype).eps * truth.abs() + 8 * torch.finfo(compute).eps * size
     allowed += torch.finfo(grad.dtype).smallest_normal * torch.finfo(grad.dtype).eps
@@ -138,7 +142,9 @@ def sum_tolerance(dtype: torch.dtype) -> float:
 
 
 def check_flow(kernels: FlowKernels, problem: Problem, with_signs: bool = True) -> None:
-    """Everything the three kernels write. `with_signs=False`: the forward pass of a call that wants no gradient."""
+    """Everything the three kernels write. `with_signs=False`: the forward pass of a call that wants no
+    gradient.
+    """
     flat = [f for stage in problem.features for f in stage]
     device = flat[0].device
     lengths = [s.length for s in problem.stages]

@@ -71,7 +71,9 @@ def widths(code: list[str], kind: str) -> list[int]:
 
 @contextmanager
 def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Inside, a Triton kernel that is launched is only noted down, with its arguments: (kernel, args, kwargs)."""
+    """Inside, a Triton kernel that is launched is only noted down, with its arguments: (kernel, args,
+    kwargs).
+    """
     from triton.runtime.jit import JITFunction
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -88,8 +90,9 @@ def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, A
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
-    """Compiles what a recorded launch would have compiled, for sm_`capability`: Triton's own binder decides what the
-    arguments are specialised on."""
+    """Compiles what a recorded launch would have compiled, for sm_`capability`: Triton's own binder decides
+    what the arguments are specialised on.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend

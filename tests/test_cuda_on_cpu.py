@@ -1,4 +1,6 @@
-"""The CUDA kernels' logic without a GPU: compiled by the host's compiler, every CUDA thread a fiber (tests/cuda_on_cpu)."""
+"""The CUDA kernels' logic without a GPU: compiled by the host's compiler, every CUDA thread a fiber
+(tests/cuda_on_cpu).
+"""
 
 from __future__ import annotations
 

@@ -1,30 +1,33 @@
-"""Sizes of the Triton kernels, each with its reason. The machine-code tests hold registers and access widths to them.
+"""Sizes of the Triton kernels, each with its reason. The machine-code tests hold registers and access widths
+to them.
 
-No autotuning: a tuner runs candidates and waits for them, which a CUDA graph capture forbids, and the kernels are bound
-by memory, where these sizes only have to keep enough loads in flight (an H200 needs about 25 KiB per multiprocessor:
-4.8 TB/s times 0.7 us over 132 of them).
+No autotuning: a tuner runs candidates and waits for them, which a CUDA graph capture forbids, and the kernels
+are bound by memory, where these sizes only have to keep enough loads in flight (an H200 needs about 25 KiB
+per multiprocessor: 4.8 TB/s times 0.7 us over 132 of them).
 """
 
 import torch
 
-# One access of a thread: the widest the hardware has. VEC elements of a dtype fill it; their nibbles fill a word.
+# One access of a thread: the widest the hardware has. VEC elements of a dtype fill it; their nibbles fill a
+# word.
 ACCESS_BYTES = 16
 
-# One warp per forward program: its sums need five shuffles and neither shared memory nor a barrier. Two accesses per
-# thread and feature share those shuffles; three features are loaded ahead, so a program has 4 KiB in flight and the
-# 16 or more that fit on a multiprocessor have 64 KiB.
+# One warp per forward program: its sums need five shuffles and neither shared memory nor a barrier. Two
+# accesses per thread and feature share those shuffles; three features are loaded ahead, so a program has 4
+# KiB in flight and the 16 or more that fit on a multiprocessor have 64 KiB.
 FORWARD_WARPS = 1
 FORWARD_ACCESSES = 2
 
 # The backward kernels sum nothing, so that their programs only need to be large enough to be cheap to start.
 BACKWARD_WARPS = 4
 
-# The depth loop is unrolled (a kernel's arguments cannot be indexed at run time), so a longer stage runs in pieces of
-# this many features that share two.
+# The depth loop is unrolled (a kernel's arguments cannot be indexed at run time), so a longer stage runs in
+# pieces of this many features that share two.
 MAX_FEATURES = 64
 
-# Adding up the tiles' sums, one program per 4096 of a term: 16 loads per thread, all in flight at once. A constant, not a
-# share of the device's multiprocessors, so that the order of the sum is the same on every GPU.
+# Adding up the tiles' sums, one program per 4096 of a term: 16 loads per thread, all in flight at once. A
+# constant, not a share of the device's multiprocessors, so that the order of the sum is the same on every
+# GPU.
 ADD_WARPS = 8
 ADD_BLOCK = 1024
 ADD_PART = 4096

@@ -1,8 +1,9 @@
-"""Triton's flow_forward, flow_backward and flow_backward_at, with the op contract of docs/design.md section 5.
+"""Triton's flow_forward, flow_backward and flow_backward_at, with the op contract of docs/design.md section
+5.
 
-One forward and one backward launch per stage of up to 64 features (a longer one runs in pieces that share two), and one
-small launch, or two, to add up the tiles' sums. Nothing is copied to the device, waited for or tuned: the calls can be captured in
-a CUDA graph.
+One forward and one backward launch per stage of up to 64 features (a longer one runs in pieces that share
+two), and one small launch, or two, to add up the tiles' sums. Nothing is copied to the device, waited for or
+tuned: the calls can be captured in a CUDA graph.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,9 @@ def flow_forward(
     stats: Tensor,
     signs: Tensor,
 ) -> None:
-    """Sums of |d|, |c| (or their squares) of every stage into `stats`; packed signs into `signs` unless it is empty."""
+    """Sums of |d|, |c| (or their squares) of every stage into `stats`; packed signs into `signs` unless it is
+    empty.
+    """
     _check_signs(signs)
     stats_begin = signs_begin = feature = 0
     for length, stage_groups in zip(lengths, groups, strict=True):
@@ -51,8 +54,8 @@ def flow_forward(
         signs_begin += (length - 1) * plane_bytes(numel)
         with _device(stage_stats):
             if stage_signs is not None and stage_groups > 1:
-                # A word of nibbles may straddle two groups, whose programs would both write it: one pass for the signs
-                # over the whole feature, one for the sums. No norm of this package asks for both.
+                # A word of nibbles may straddle two groups, whose programs would both write it: one pass for
+                # the signs over the whole feature, one for the sums. No norm of this package asks for both.
                 _forward_stage(stage, 1, squared, stats.new_empty(2 * length - 3), stage_signs)
                 stage_signs = None
             _forward_stage(stage, stage_groups, squared, stage_stats, stage_signs)
@@ -129,7 +132,9 @@ def flow_backward(
     squared: bool,
     grads: Sequence[Tensor],
 ) -> None:
-    """The gradient of every feature whose tensor in `grads` is not empty: from `signs`, or if `squared` from features."""
+    """The gradient of every feature whose tensor in `grads` is not empty: from `signs`, or if `squared` from
+    features.
+    """
     _check_signs(signs)
     coef_begin = signs_begin = feature = 0
     for length, numel, stage_groups in zip(lengths, numels, groups, strict=True):
@@ -267,5 +272,5 @@ def _check_signs(signs: Tensor) -> None:
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device and its current stream; the tensors' device may be another one."""
+    """Triton launches on the current device and its current stream; the tensors may be on another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

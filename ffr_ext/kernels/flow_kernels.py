@@ -1,20 +1,23 @@
 """Triton kernels of the flow loss; `flow.py` launches them.
 
-A program owns a range of positions and walks along the depth with the last feature and the last difference in registers:
-each feature is read once. Features are passed as a tuple of pointers, by value: a table of pointers in memory would need
-a copy to the device at every call, which a CUDA graph would replay with stale contents. The price is that the walk is
-unrolled, one compiled kernel per number of features.
+A program owns a range of positions and walks along the depth with the last feature and the last difference in
+registers: each feature is read once. Features are passed as a tuple of pointers, by value: a table of
+pointers in memory would need a copy to the device at every call, which a CUDA graph would replay with stale
+contents. The price is that the walk is unrolled, one compiled kernel per number of features.
 
-No argument is specialised on its value or alignment; the launcher decides once per stage (`VECTOR`) whether 16-byte
-accesses are possible, so that there are two kernels per case and not one for each pattern of aligned tensors.
+No argument is specialised on its value or alignment; the launcher decides once per stage (`VECTOR`) whether
+16-byte accesses are possible, so that there are two kernels per case and not one for each pattern of aligned
+tensors.
 """
+
+# ruff: noqa: SIM102  # two nested ifs where the second indexes a tuple, which Triton evaluates in any case
 
 import triton
 import triton.language as tl
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pieces of the kernels
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -67,14 +70,15 @@ def _load_codes(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `_twice_signs` reads: words of VEC nibbles, or a byte per element where a group may begin anywhere."""
+    """What `_twice_signs` reads: words of VEC nibbles, or a byte per element where a group may begin
+    anywhere.
+    """
     if VECTOR:
         words = tl.arange(0, BLOCK // VEC)
         first = _plane(signs, plane, plane_bytes, start, VEC, WORD, VECTOR)
         return tl.load(first + words, mask=words * VEC < left, other=0)
-    else:
-        offsets = tl.arange(0, BLOCK)
-        return tl.load(signs + plane * plane_bytes + (start + offsets) // 2, mask=offsets < left, other=0)
+    offsets = tl.arange(0, BLOCK)
+    return tl.load(signs + plane * plane_bytes + (start + offsets) // 2, mask=offsets < left, other=0)
 
 
 @triton.jit
@@ -83,9 +87,9 @@ def _twice_signs(
 ):
     """2 * sign(d) and 2 * sign(c), one of each per element.
 
-    Twice, because 2.0 and -2.0 are the bits 01 and 11 followed by zeros: a code becomes a float with a shift and a mask
-    once the code 2 is made 3, for a whole word at once. Converting integers instead would make the 16-bit kernel wait for
-    arithmetic rather than memory.
+    Twice, because 2.0 and -2.0 are the bits 01 and 11 followed by zeros: a code becomes a float with a shift
+    and a mask once the code 2 is made 3, for a whole word at once. Converting integers instead would make the
+    16-bit kernel wait for arithmetic rather than memory.
     """
     codes = loaded.to(tl.uint32)
     codes |= (codes >> 1) & 0x55555555
@@ -118,13 +122,12 @@ def _sign_code(value):
 def _magnitude(value, SQUARED: tl.constexpr):
     if SQUARED:
         return tl.sum(value * value)
-    else:
-        return tl.sum(tl.abs(value))
+    return tl.sum(tl.abs(value))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Forward
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(
@@ -153,8 +156,9 @@ def forward_kernel(
     TERMS: tl.constexpr,  # power of two, at least FIRSTS
     BLOCK: tl.constexpr,
 ):
-    # One tile, and no loop over several: the compiler moves every feature's and plane's address out of such a loop, and
-    # 64 features then spill (seen: 255 registers and 696 bytes of stack, against 80 registers without the loop).
+    # One tile, and no loop over several: the compiler moves every feature's and plane's address out of such a
+    # loop, and 64 features then spill (seen: 255 registers and 696 bytes of stack, against 80 registers
+    # without the loop).
     program = tl.program_id(0).to(tl.int64)
     group = program // tiles
     tile = program % tiles
@@ -166,8 +170,8 @@ def forward_kernel(
     if VECTOR:
         left = tl.multiple_of(left, VEC)
         start = tl.multiple_of(start, VEC)
-    # Four loads in flight: x and the three behind it. They are issued here, ahead of the stores of the signs, which may
-    # alias them for all the compiler knows.
+    # Four loads in flight: x and the three behind it. They are issued here, ahead of the stores of the signs,
+    # which may alias them for all the compiler knows.
     n0 = _load(features[0], start, left, VECTOR, BLOCK)
     n1 = _load(features[1], start, left, VECTOR, BLOCK)
     n2 = n1
@@ -176,8 +180,8 @@ def forward_kernel(
         n2 = _load(features[2], start, left, VECTOR, BLOCK)
     if LENGTH > 3:
         n3 = _load(features[3], start, left, VECTOR, BLOCK)
-    # A term's sum goes to the lane that keeps it: one select and one register per 32 terms, where an array would need an
-    # index at run time.
+    # A term's sum goes to the lane that keeps it: one select and one register per 32 terms, where an array
+    # would need an index at run time.
     term = tl.arange(0, TERMS)
     first_sums = tl.zeros([TERMS], COMPUTE)
     second_sums = tl.zeros([TERMS], COMPUTE)
@@ -224,12 +228,13 @@ def add_slots_kernel(slots, sums, tiles: tl.int64, parts: tl.int64, PART: tl.con
     tl.store(sums + program, tl.sum(total))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Backward
 #
-# "Plane" l is the pair d_l, c_l (or its signs). It adds -a d + e c to gradient l, a d - 2 e c to l + 1 and e c to l + 2,
-# so a walk over the planes needs two running sums: `here` and `after`, what earlier planes gave to gradients l and l + 1.
-# --------------------------------------------------------------------------------------------------------------------
+# "Plane" l is the pair d_l, c_l (or its signs). It adds -a d + e c to gradient l, a d - 2 e c to l + 1 and e
+# c to l + 2, so a walk over the planes needs two running sums: `here` and `after`, what earlier planes gave
+# to gradients l and l + 1.
+# ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(
@@ -272,7 +277,8 @@ def backward_signs_kernel(
     seconds = firsts - 1 - first_plane  # the last plane has no c
     here = tl.zeros([BLOCK], COMPUTE)
     after = tl.zeros([BLOCK], COMPUTE)
-    # The next planes and coefficients are loaded ahead of the stores, which may alias them for all the compiler knows.
+    # The next planes and coefficients are loaded ahead of the stores, which may alias them for all the
+    # compiler knows.
     w0 = _load_codes(signs, 0, plane_bytes, start, left, VEC, WORD, VECTOR, BLOCK)
     a0 = tl.load(first_coef)
     e0 = tl.load(second_coef, mask=seconds > 0, other=0.0)
