@@ -54,6 +54,8 @@ def train(mode: str) -> list[list[Tensor]]:
             model, static_graph="static" in mode, find_unused_parameters="unused" in mode
         )
     flow.attach()
+    if "compile" in mode:
+        wrapped = torch.compile(wrapped, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = []
     for step in range(STEPS):

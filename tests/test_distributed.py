@@ -43,6 +43,7 @@ MODES = [
     "ddp static",  # static_graph=True
     "ddp no_sync",  # two micro-batches a step, the first without communication
     "ddp static no_sync",
+    "ddp compile",  # torch.compile around DDP, whose optimizer splits the graph at its buckets
     "fsdp2",
     "fsdp2 attach first",
 ]

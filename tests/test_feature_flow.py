@@ -436,6 +436,24 @@ def test_features_are_released_step_by_step() -> None:
         assert sum(reference() is not None for reference in alive) == 0
 
 
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("model_class", [ResidualNet, Checkpointed])
+def test_many_steps_leave_no_tensor_behind(model_class: type[nn.Module], backend: str) -> None:
+    model = model_class()
+    with FeatureFlow(model, backend=backend) as flow:
+        counts = []
+        for step in range(30):
+            model.zero_grad()
+            (task_loss(model(images())) + flow.loss()).backward()
+            if step in (4, 29):
+                counts.append(live_tensors())
+    assert counts[0] == counts[1]
+
+
 # --- parallel wrappers ----------------------------------------------------------------------------
 
 
