@@ -3,7 +3,8 @@
     python tools/cuda_check.py [--archs "80;90"] [--out build/cuda_check] [file.cu ...]
 
 Needs nvcc, but neither a GPU nor torch: it is how a machine without a GPU notices a kernel that does not
-compile, spills registers or outgrows shared memory. Exit status 1 if a compilation fails, or a kernel spills.
+compile, spills registers or outgrows shared memory. Exit status 1 if a compilation fails, or if a kernel
+spills more than a few bytes.
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ def main() -> int:
     )
     parser.add_argument("--archs", default=os.environ.get("FFR_EXT_CUDA_ARCHS", ""), help="e.g. 90 or 80;90")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda_check", help="where the cubins go")
+    # Under a cap on registers ptxas parks a value or two on one architecture and none on the next.
+    parser.add_argument(
+        "--max-spills", type=int, default=16, metavar="BYTES", help="per kernel; default %(default)s"
+    )
     parser.add_argument("files", type=Path, nargs="*", help="default: csrc/cuda/*.cu")
     arguments = parser.parse_args()
     try:
@@ -141,9 +146,13 @@ def main() -> int:
     readable = demangle(sorted({usage.kernel for usage in usages}), toolkit.nvcc)
     print(report(usages, readable))
     print(f"cuda_check: {len(files)} files x {', '.join(archs)} compile with nvcc {toolkit.version}")
-    spilling = sorted({short(readable[usage.kernel]) for usage in usages if usage.spills})
+    most = arguments.max_spills
+    spilling = sorted({short(readable[usage.kernel]) for usage in usages if usage.spills > most})
     if spilling:
-        print(f"cuda_check: kernels that spill registers: {'; '.join(spilling)}", file=sys.stderr)
+        print(
+            f"cuda_check: more than {most} bytes of spilled registers in {'; '.join(spilling)}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
