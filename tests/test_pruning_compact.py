@@ -1,4 +1,5 @@
-"""What `compact` promises besides equal outputs: the source stays, everything else about the model stays, refusals are clear."""
+"""What `compact` promises besides equal outputs: the source stays, everything else about the model stays,
+refusals are clear."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ from ffr_ext import FeatureFlow, compact
 
 
 class Residual(nn.Module):
-    """A stem, two residual blocks and a head: enough for couplings, dead branches and every kind of constant."""
+    """A stem, two residual blocks and a head: enough for couplings, dead branches and every kind of
+    constant."""
 
     def __init__(self, width: int = 8, hidden: int = 12) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.blocks = nn.ModuleList([Block(width, hidden), Block(width, hidden)])
         self.head = nn.Linear(width, 4)
 
@@ -85,7 +89,8 @@ def test_counts_are_the_analytic_ones() -> None:
     assert result.report.parameters == (before := sum(p.numel() for p in model.parameters()), before - gone)
     per_pixel = 2 * 2 * 64  # multiply and add, two samples, 8 x 8 pixels
     assert result.report.flops[0] - result.report.flops[1] == 2 * 5 * 2 * 8 * 9 * per_pixel
-    assert result.report.bytes[0] - result.report.bytes[1] == 4 * (gone + 2 * 5 * 2)  # and running mean and variance
+    # and running mean and variance
+    assert result.report.bytes[0] - result.report.bytes[1] == 4 * (gone + 2 * 5 * 2)
     assert result.report.latency is not None
     assert min(result.report.latency) > 0
 
@@ -355,7 +360,11 @@ class DataDependent(nn.Module):
         (lambda: compact(dead(), torch.randn(X), min_channels=1.5), ValueError, "min_channels.*got 1.5"),
         (lambda: compact(nn.DataParallel(dead()), torch.randn(X)), ValueError, "DataParallel.*model.module"),
         (lambda: compact(torch.compile(dead()), torch.randn(X)), ValueError, "OptimizedModule.*_orig_mod"),
-        (lambda: compact(nn.Sequential(DataDependent()), torch.randn(X)), ValueError, "torch.export could not trace"),
+        (
+            lambda: compact(nn.Sequential(DataDependent()), torch.randn(X)),
+            ValueError,
+            "torch.export could not trace",
+        ),
     ],
 )
 def test_refusals(call: Any, error: type[Exception], message: str) -> None:
@@ -364,7 +373,8 @@ def test_refusals(call: Any, error: type[Exception], message: str) -> None:
 
 
 def test_a_masked_model_says_what_to_do_or_is_compacted() -> None:
-    """torch.nn.utils.prune computes weight = weight_orig * mask in a hook; the mask is a buffer like any other."""
+    """torch.nn.utils.prune computes weight = weight_orig * mask in a hook; the mask is a buffer like any
+    other."""
     from torch.nn.utils import prune
 
     model = dead()

@@ -170,8 +170,9 @@ class Analysis:
                 self.pin(flow, "an output of the model")
 
     def _silenced(self, node: Node, dim: int) -> Tensor:
-        """The indices of a node's result that everything behind it ignores: an op that keeps channels apart, such as
-        a batch norm with a gamma of 0, makes constants of them, and nothing else looks at them before."""
+        """The indices of a node's result that everything behind it ignores: an op that keeps channels apart,
+        such as a batch norm with a gamma of 0, makes constants of them, and nothing else looks at them
+        before."""
         flow = self.made[node]
         silenced = torch.zeros(flow.shape[dim], dtype=torch.bool)
         while len(node.users) == 1:
@@ -310,7 +311,8 @@ _CHANNEL_WISE = {
 
 
 def keeps_channels_apart(node: Node) -> bool:
-    """Index i of the result, along any dimension the op does not shrink, is made from the indices i of its inputs."""
+    """Index i of the result, along any dimension the op does not shrink, is made from the indices i of its
+    inputs."""
     name = op_name(node).removesuffix("_")
     return torch.Tag.pointwise in getattr(node.target, "tags", []) or name in _CHANNEL_WISE
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .analysis import Analysis, Flow
+from .analysis import Analysis, Flow, Labels
 from .scale import filter_dim
 from .tracing import module_paths, op_name
 
@@ -57,6 +57,7 @@ def replacement(kind: str) -> nn.Module:
 def dead_branches(analysis: Analysis) -> dict[str, str]:
     """Path of each outermost module that can be replaced -> what by."""
     same_as = _equalities(analysis)
+    channel_of = analysis.sets.resolve().channel_of
     inside: dict[str, set[Node]] = {}
     for node in analysis.graph.nodes:
         if node.op == "call_function":
@@ -65,14 +66,14 @@ def dead_branches(analysis: Analysis) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(inside, key=lambda p: p.count(".")):
         if path and not any(path.startswith(f"{outer}.") for outer in found):
-            kind = _replaceable(analysis, path, inside, same_as)
+            kind = _replaceable(analysis, path, inside, same_as, channel_of)
             if kind is not None:
                 found[path] = kind
     return found
 
 
 def _replaceable(
-    analysis: Analysis, path: str, inside: dict[str, set[Node]], same_as: dict[Node, Node]
+    analysis: Analysis, path: str, inside: dict[str, set[Node]], same_as: dict[Node, Node], channel_of: Tensor
 ) -> str | None:
     modules = analysis.graph.modules
     module = modules.get(path)
@@ -96,7 +97,16 @@ def _replaceable(
         return None
     if same_as.get(result, result) is same_as.get(source, source):
         return IDENTITY
-    return ZEROS if bool(after.state.zero().all()) else None
+    # Of one shape because they are coupled, as in x + branch(x), and not by chance: chance can come about by
+    # cutting.
+    coupled = all(_same_channels(a, b, channel_of) for a, b in zip(before.labels, after.labels, strict=True))
+    return ZEROS if coupled and bool(after.state.zero().all()) else None
+
+
+def _same_channels(a: Labels, b: Labels, channel_of: Tensor) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(channel_of[a], channel_of[b])
 
 
 def _arguments(node: Node) -> list[Node]:

@@ -200,7 +200,8 @@ class _Search:
     def _largest(
         self, solver: Solver, replaced: Mapping[str, str], forbidden: Tensor
     ) -> tuple[Tensor, CompactionPlan, nn.Module, float]:
-        """The removal of as many families of channels as the check confirms; the others go into `forbidden`."""
+        """The removal of as many families of channels as the check confirms; the others go into
+        `forbidden`."""
         families = solver.family[solver.solve()].unique().tolist()
         confirmed: list[tuple[Tensor, CompactionPlan, nn.Module, float]] = []
 

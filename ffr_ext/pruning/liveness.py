@@ -66,8 +66,9 @@ class Solver:
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
-        # Channels that stay, but that no output depends on: kept for a size, or as a constant. What they in turn are
-        # made from need not stay. So a dead branch that must keep one channel loses all its other weights.
+        # Channels that stay, but that no output depends on: kept for a size, or as a constant. What they in
+        # turn are made from need not stay. So a dead branch that must keep one channel loses all its other
+        # weights.
         spare = torch.zeros_like(removed)
         while True:
             self._take_back_needed(removed, spare)

@@ -5,7 +5,8 @@ tries `torch.fx.symbolic_trace`, which needs none, on the model and, where the m
 traced so, on its parts. What is left (a forward with control flow that calls its layers itself) is paired by
 the order of registration, and only where that leaves no doubt: the norm is registered right behind the layer,
 in the same parent, with as many channels, and does not fit the layer's inputs as well unless the names agree
-(conv1 and bn1). Where there is doubt there is no pair, and the filter is judged by its L2 norm.
+(conv1 and bn1, or no number in either). Where there is doubt there is no pair, and the filter is judged by
+its L2 norm.
 """
 
 from __future__ import annotations
@@ -76,10 +77,24 @@ def _pair_below(module: nn.Module, path: str, pairs: dict[str, str]) -> None:
         _pair_below(child, prefix + name, pairs)
 
 
+class _LayerTracer(fx.Tracer):
+    """Layers of a subclass that a library defines are layers as well."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # Looked up beforehand: inside a trace a weight is a proxy and no tensor.
+        self._layers = {
+            id(m) for m in module.modules() if filter_dim(m) is not None or isinstance(m, BatchNorm)
+        }
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) in self._layers or super().is_leaf_module(m, module_qualified_name)
+
+
 def _symbolic_graph(module: nn.Module) -> fx.Graph | None:
     try:
-        return fx.Tracer().trace(module)
-    # control flow on values, *args, and whatever else a forward may do: the caller has another way
+        return _LayerTracer(module).trace(module)
+    # Control flow on values, *args, and whatever else a forward may do: the caller has another way.
     except Exception:
         return None
 
