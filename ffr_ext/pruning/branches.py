@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .analysis import Analysis, Flow, Labels
+from .analysis import Analysis, Flow
+from .channels import ResolvedSets
 from .scale import filter_dim
 from .tracing import module_paths, op_name
 
@@ -57,7 +58,7 @@ def replacement(kind: str) -> nn.Module:
 def dead_branches(analysis: Analysis) -> dict[str, str]:
     """Path of each outermost module that can be replaced -> what by."""
     same_as = _equalities(analysis)
-    channel_of = analysis.sets.resolve().channel_of
+    sets = analysis.sets.resolve()
     inside: dict[str, set[Node]] = {}
     for node in analysis.graph.nodes:
         if node.op == "call_function":
@@ -66,14 +67,14 @@ def dead_branches(analysis: Analysis) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(inside, key=lambda p: p.count(".")):
         if path and not any(path.startswith(f"{outer}.") for outer in found):
-            kind = _replaceable(analysis, path, inside, same_as, channel_of)
+            kind = _replaceable(analysis, path, inside, same_as, sets)
             if kind is not None:
                 found[path] = kind
     return found
 
 
 def _replaceable(
-    analysis: Analysis, path: str, inside: dict[str, set[Node]], same_as: dict[Node, Node], channel_of: Tensor
+    analysis: Analysis, path: str, inside: dict[str, set[Node]], same_as: dict[Node, Node], sets: ResolvedSets
 ) -> str | None:
     modules = analysis.graph.modules
     module = modules.get(path)
@@ -97,16 +98,27 @@ def _replaceable(
         return None
     if same_as.get(result, result) is same_as.get(source, source):
         return IDENTITY
-    # Of one shape because they are coupled, as in x + branch(x), and not by chance: chance can come about by
-    # cutting.
-    coupled = all(_same_channels(a, b, channel_of) for a, b in zip(before.labels, after.labels, strict=True))
-    return ZEROS if coupled and bool(after.state.zero().all()) else None
+    return ZEROS if _coupled(before, after, sets) and bool(after.state.zero().all()) else None
 
 
-def _same_channels(a: Labels, b: Labels, channel_of: Tensor) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(channel_of[a], channel_of[b])
+def _coupled(before: Flow, after: Flow, sets: ResolvedSets) -> bool:
+    """Of one shape because their channels are the same, as in x + branch(x), or all stay; not by chance,
+    which cutting could bring about as well."""
+    labelled = 0
+    for a, b in zip(before.labels, after.labels, strict=True):
+        if b is None:
+            if a is not None:
+                return False
+            continue
+        labelled += 1
+        same = (
+            sets.pinned[sets.channel_of[b]].all()
+            if a is None
+            else sets.channel_of[a].equal(sets.channel_of[b])
+        )
+        if not bool(same):
+            return False
+    return labelled > 0
 
 
 def _arguments(node: Node) -> list[Node]:
