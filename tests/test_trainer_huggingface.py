@@ -114,6 +114,31 @@ def test_evaluation_has_no_penalty_and_no_hook_stays(tmp_path: Path) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_model_made_by_model_init_is_followed(tmp_path: Path) -> None:
+    start = PerBatchLoss()
+    truth = trained(copy.deepcopy(start.net), 3, lr=0.1, **OPTIONS)
+    trainer = FFRTrainer(
+        model_init=lambda: copy.deepcopy(start),
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            num_train_epochs=3,
+            per_device_train_batch_size=16,
+            learning_rate=0.1,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=Samples(),
+        ffr_options=OPTIONS,
+    )
+    trainer.train()
+    assert_same_weights(trainer.model, truth)
+
+
 def test_penalty_and_terms_are_logged(tmp_path: Path) -> None:
     trainer = make_trainer(PerBatchLoss(), tmp_path, epochs=1)
     trainer.train()

@@ -45,15 +45,23 @@ class FFRTrainerMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        self.flow = FeatureFlow(trainer.model, ffr_layers, **(ffr_options or {}))
-        self.schedule = WeightSchedule(self.flow, **(ffr_schedule or {}))
+        self._ffr = (ffr_layers, ffr_options or {}, ffr_schedule or {})
+        self._watch(trainer.model)
         self._penalty: torch.Tensor | None = None
+
+    def _watch(self, model: Any) -> None:
+        layers, options, schedule = self._ffr
+        self.flow = FeatureFlow(model, layers, **options)
+        self.schedule = WeightSchedule(self.flow, **schedule)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """``Trainer.train`` with the hooks on the model, from before it is wrapped or compiled until the
         end."""
-        with self.flow:
+        self.flow.attach()
+        try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.flow.detach()
 
     def compute_loss(
         self,
@@ -65,6 +73,10 @@ class FFRTrainerMixin:
     ) -> Any:
         """The loss of the wrapped Trainer plus the penalty, in training only."""
         trainer: Any = self
+        if trainer.model is not self.flow.model:  # model_init makes a new one when train() starts
+            self.flow.detach()
+            self._watch(trainer.model)
+            self.flow.attach()
         self.schedule.set(trainer.state.global_step)
         loss, outputs = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
