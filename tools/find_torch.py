@@ -47,7 +47,8 @@ def find_torch() -> Torch:
             return _describe(root)
         looked.append(str(root))
     raise TorchNotFound(
-        f"no torch found (looked for {', '.join(dict.fromkeys(looked))}); install torch first"
+        f"no torch found (looked for {', '.join(dict.fromkeys(looked))}); "
+        "install torch first, or name its folder in FFR_EXT_TORCH_DIR"
     )
 
 
