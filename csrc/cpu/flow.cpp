@@ -4,14 +4,9 @@
 #include "flow.h"
 
 #include <string.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
 
 #include "rows.h"
 
@@ -131,40 +126,10 @@ void combine(const Job& job) {
       for (int64_t row = 0; row < rows; ++row) job.stats[row * groups + group] += partial[row];
 }
 
-// A gradient that goes past the caches is made here first, in the L1 cache.
-constexpr int64_t kStreamBytes = 4096;
-
-// Copies past the caches. `to` is 64-byte aligned where the caller asked for it.
-void stream_copy(void* to, const void* from, int64_t bytes) {
-#if defined(__x86_64__)
-  auto* out = static_cast<__m128i*>(to);
-  const auto* in = static_cast<const __m128i*>(from);
-  const int64_t vectors = bytes / 64 * 4;
-  for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(out + i, _mm_load_si128(in + i));
-  memcpy(out + vectors, in + vectors, static_cast<size_t>(bytes % 64));
-#else
-  memcpy(to, from, static_cast<size_t>(bytes));
-#endif
-}
-
-void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-int64_t last_level_cache_bytes() {
-  int64_t bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  return bytes > 0 ? bytes : int64_t{32} << 20;
-}
-
 struct BackwardOptions {
   bool squared;
   bool accumulate;
-  bool stream;
+  bool walk;  // the gradients of all features, one after another
 };
 
 // The gradient of feature l at positions [i, i + count) of one group.
@@ -179,14 +144,15 @@ void backward_tile(const Job& job, const RowKernels& rows, const BackwardOptions
       const int64_t feature = l + k - 2;
       x[k] = feature < 0 || feature >= shape.length ? nullptr : at(job.stage.features[feature], dtype, i);
     }
-    rows.backward_squared[type][options.accumulate](x, coef, count, grad, nullptr);
+    const bool next = options.walk && l + 3 < shape.length;
+    const void* ahead = next ? at(job.stage.features[l + 3], dtype, i) : nullptr;
+    rows.backward_squared[type][options.accumulate](x, coef, count, grad, ahead);
     return;
   }
-  const auto plane =
-      [&](int64_t p) {  // any readable plane will do where there is none: its coefficients are zero
-        return job.planes + std::clamp<int64_t>(p, 0, num_first(shape) - 1) * plane_bytes(shape.numel) +
-               i / 2;
-      };
+  // Where there is no such plane any other will do: its coefficients are zero.
+  const auto plane = [&](int64_t p) {
+    return job.planes + std::clamp<int64_t>(p, 0, num_first(shape) - 1) * plane_bytes(shape.numel) + i / 2;
+  };
   rows.backward_signs[type][options.accumulate](plane(l - 2), plane(l - 1), plane(l), coef, count, grad);
 }
 
@@ -195,7 +161,6 @@ void backward_positions(const Job& job, const RowKernels& rows, const BackwardOp
                         const GradientCoef& coef, int64_t l, int64_t i, int64_t count, void* grad_base) {
   const DType dtype = job.stage.dtype;
   const int64_t size = element_size(dtype);
-  alignas(64) char buffer[kStreamBytes];
   char* grad = at(grad_base, dtype, i);
   if (job.stage.shape.length < 2) {  // no term: the gradient is zero
     if (!options.accumulate) memset(grad, 0, static_cast<size_t>(count * size));
@@ -203,22 +168,14 @@ void backward_positions(const Job& job, const RowKernels& rows, const BackwardOp
   }
   if (!options.squared && i % 2 != 0) {
     // A group that starts inside a byte: its first element by way of the pair that the byte holds.
-    memcpy(buffer + size, grad, static_cast<size_t>(size));
-    backward_tile(job, rows, options, coef, l, i - 1, 2, buffer);
-    memcpy(grad, buffer + size, static_cast<size_t>(size));
+    alignas(double) char pair[2 * sizeof(double)];
+    memcpy(pair + size, grad, static_cast<size_t>(size));
+    backward_tile(job, rows, options, coef, l, i - 1, 2, pair);
+    memcpy(grad, pair + size, static_cast<size_t>(size));
     if (count > 1) backward_positions(job, rows, options, coef, l, i + 1, count - 1, grad_base);
     return;
   }
-  if (!options.stream || reinterpret_cast<uintptr_t>(grad) % 64 != 0) {
-    backward_tile(job, rows, options, coef, l, i, count, grad);
-    return;
-  }
-  const int64_t part = kStreamBytes / size;
-  for (int64_t done = 0; done < count; done += part) {
-    const int64_t now = std::min(part, count - done);
-    backward_tile(job, rows, options, coef, l, i + done, now, buffer);
-    stream_copy(grad + done * size, buffer, now * size);
-  }
+  backward_tile(job, rows, options, coef, l, i, count, grad);
 }
 
 void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOptions& options, int64_t group,
@@ -233,7 +190,6 @@ void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOption
       backward_positions(job, rows, options, coef, l, i, count, job.stage.grads[l]);
     }
   }
-  if (options.stream) stream_fence();
 }
 
 Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, int64_t first_chunk) {
@@ -291,7 +247,7 @@ void flow_forward(const StageView* stages, int64_t num_stages, bool squared, dou
 void flow_backward(const StageView* stages, int64_t num_stages, bool squared, const uint8_t* signs,
                    const double* coef, ParallelFor parallel_for) {
   std::vector<Job> jobs;
-  int64_t first_chunk = 0, grad_bytes = 0;
+  int64_t first_chunk = 0;
   for (int64_t s = 0; s < num_stages; ++s) {
     const StageView& stage = stages[s];
     Job job = make_job(stage, stage.shape.length, kBackwardTileBytes, first_chunk);
@@ -299,12 +255,10 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     job.coef = coef;
     first_chunk += job.num_chunks();
     jobs.push_back(job);
-    for (int64_t l = 0; l < stage.shape.length; ++l)
-      grad_bytes += stage.grads[l] == nullptr ? 0 : stage.shape.numel * element_size(stage.dtype);
     coef += stats_entries(stage.shape);
     if (!squared) signs += sign_bytes(stage.shape);
   }
-  const BackwardOptions options{squared, false, grad_bytes > last_level_cache_bytes()};
+  const BackwardOptions options{squared, false, true};
   const RowKernels& rows = row_kernels();
   for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     backward_chunk(job, rows, options, group, chunk);
