@@ -14,6 +14,7 @@ in its backward pass handed to the taps through the `Walk` they share.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import ops, traced
 from .autograd import DOUBLE_BACKWARD, _transforms_active, _with_strides
+from .pending import MIN_BYTES, Counts, PendingGradient, as_dense, counts_when_owned
 from .stages import Layout, Stage, align, kernel_layouts, stage_features
 
 _LOST = (
@@ -47,7 +49,12 @@ def can_tap(feature: Tensor) -> bool:
 def tap(feature: Tensor) -> tuple[Slot, Tensor]:
     """A tap on `feature`: its slot and its token. Nothing is computed and nothing saved until `collect`."""
     slot = Slot(Layout.of(feature))
-    return slot, Tap.apply(slot, feature)
+    token: Tensor = Tap.apply(slot, feature)
+    # A hook that is there already would see a pending gradient, and a leaf would keep it.
+    if feature.nbytes >= MIN_BYTES and not feature.is_leaf and not feature._backward_hooks:
+        slot.pending = True
+        feature.register_hook(as_dense)
+    return slot, token
 
 
 class Slot:
@@ -56,6 +63,8 @@ class Slot:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.places: list[tuple[Walk, int]] = []
+        self.pending = False  # whether its gradient may be added in place
+        self.owned: Counts | None = None  # to an incoming gradient with these counts
 
     def gradient(self) -> Tensor | None:
         """The penalty's gradient of the feature, in the running backward pass; None if there is none."""
@@ -67,6 +76,8 @@ class Slot:
             if live.coef is None:
                 continue  # this part of the loss was not differentiated
             made, mapped = walk.made[place], walk.mapped[place]
+            if self.owned is not None and len(self.places) == 1 and not mapped and made == self.layout:
+                return PendingGradient(made, live.coef.device, partial(live.write, place), self.owned)
             if (
                 total is not None
                 and not mapped
@@ -138,6 +149,10 @@ def collect(
     backend: str,
 ) -> Tensor:
     """The sums of `stages` (`functional.StatsMaker`), differentiable through the taps of the features."""
+    tapped = [slot for slot in slots if slot is not None]
+    for slot in tapped[:-1]:  # with the penalty alone the last one has no incoming gradient
+        if slot.pending:
+            slot.owned = counts_when_owned(features[0].device)
     return Collect.apply(Walk(stages, squared, per_sample, backend), features, slots, *tokens)
 
 

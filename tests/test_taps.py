@@ -12,9 +12,15 @@ import torch
 from flow_models import ResidualNet, assert_gradients_close, expected, gradients, images, task_loss
 from torch import Tensor, nn
 
-from ffr_ext import FeatureFlow, ffr_loss, reference, taps
+from ffr_ext import FeatureFlow, ffr_loss, pending, reference, taps
 
 pytestmark = pytest.mark.usefixtures("fused")
+
+
+@pytest.fixture(params=["apart", "in place"], autouse=True)
+def _addition(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds whether autograd adds the penalty's gradients or the kernel does."""
+    monkeypatch.setattr(taps, "MIN_BYTES", 0 if request.param == "in place" else 1 << 60)
 
 
 class Scale(nn.Module):
@@ -294,20 +300,22 @@ def test_values_are_let_go_while_the_backward_pass_goes_down() -> None:
     """For norms that need values: the gradient of layer l needs no feature beyond l + 2."""
     model, x = Chain(6), torch.randn(4, 3, 5, dtype=torch.float64)
     held: list[list[bool]] = []
+    kept: list[Tensor] = []
     with flow_of(model, norm="l2") as flow:
+        for layer in model.layers:
+            layer.register_forward_hook(lambda _m, _a, output: kept.append(output))
         model(x)
-        slots = [slot for slot, _ in flow._recorder.taps]
-        tokens = [token for _, token in flow._recorder.taps]
+        (slot, _token) = flow._recorder.taps[0]
         penalty = flow.loss()
-        (walk, _place) = slots[0].places[0]
-        for token in tokens:
-            token.grad_fn.register_hook(
+        (walk, _place) = slot.places[0]
+        for feature in kept:  # right after a layer's own backward
+            feature.grad_fn.register_hook(
                 lambda *_args: held.append([v is not None for v in walk.live.values] if walk.live else [])
             )
         penalty.backward()
-    assert held[0] == [True] * 6  # after tap 5, which needs 3, 4, 5, but taps 4 and 3 need 5 too
-    assert held[2] == [True] * 5 + [False]  # after tap 3
-    assert held[4] == [True] * 3 + [False] * 3  # after tap 1, before tap 0, which needs 0, 1, 2
+    assert held[0] == [True] * 6  # layer 5, whose gradient needs 3, 4, 5; taps 4 and 3 need 5 too
+    assert held[2] == [True] * 5 + [False]  # layer 3
+    assert held[4] == [True] * 3 + [False] * 3  # layer 1; tap 0 needs 0, 1, 2
     assert held[5] == []
 
 
@@ -452,6 +460,153 @@ def test_a_feature_overwritten_between_loss_and_backward(norm: str, raises: bool
             (task + penalty).backward()
     else:
         assert_gradients_close(gradients(model, task + penalty), truth, 1e-13)
+
+
+# --- gradients added in place ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each gradient that a kernel wrote: whether it was added to what was there."""
+    seen: list[bool] = []
+    write = taps._Live.write
+
+    def spy(self: Any, place: int, grad: Tensor, accumulate: bool) -> None:
+        seen.append(accumulate)
+        write(self, place, grad, accumulate)
+
+    monkeypatch.setattr(taps._Live, "write", spy)
+    return seen
+
+
+def attention() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        pytest.param(Chain, (2, 3, 5), id="chain"),
+        pytest.param(ResidualNet, (2, 3, 8, 8), id="residual"),
+        pytest.param(attention, (2, 5, 8), id="transformer"),
+    ],
+)
+def test_gradients_are_added_in_place_where_autograd_would(
+    build: Callable[[], Any], shape: tuple[int, ...], writes: list[bool]
+) -> None:
+    """All but the last feature's: with the penalty alone nothing else would arrive there."""
+    model = build()
+    x = torch.randn(*shape).to(next(model.parameters()).dtype)
+    with FeatureFlow(model, getattr(model, "layers", "auto"), backend="cpu") as flow:
+        (model(x).square().sum() + flow.loss()).backward()
+    assert len(writes) > 3
+    assert writes == [False] + [taps.MIN_BYTES == 0] * (len(writes) - 1)
+
+
+def test_this_torch_tells_held_gradients_from_free_ones() -> None:
+    """Where it does not, gradients are right all the same, and no longer added in place."""
+    assert pending.counts_when_owned(torch.device("cpu")) is not None
+
+
+@pytest.mark.parametrize(
+    "keeper", ["module hook", "node hook", "view in a node hook", "tensor hook", "later tensor hook"]
+)
+def test_a_gradient_that_somebody_keeps_is_not_changed(keeper: str) -> None:
+    model, x = Chain(), torch.randn(4, 3, 5, dtype=torch.float64)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(grad: Tensor) -> None:
+        grad = grad.view(-1) if keeper.startswith("view") else grad
+        kept.append((grad, grad.clone()))
+
+    def look(output: Tensor) -> None:
+        if "node" in keeper:
+            product = output.grad_fn.next_functions[0][0].next_functions[0][
+                0
+            ]  # tanh(feature * weight + bias)
+            assert product.name().startswith("Mul")
+            product.register_hook(lambda grads, _outputs: keep(grads[0]))
+        elif keeper == "tensor hook":
+            output.register_hook(keep)
+
+    if keeper == "module hook":
+        model.layers[3].register_full_backward_hook(lambda _m, grads, _outputs: keep(grads[0]))
+    model.layers[3].register_forward_hook(lambda _m, _a, output: look(output))
+    with flow_of(model) as flow:
+        if keeper == "later tensor hook":
+            model.layers[3].register_forward_hook(lambda _m, _a, output: output.register_hook(keep) and None)
+        task = model(x).sum()
+        grads = gradients(model, task + flow.loss())
+    ((now, then),) = kept
+    assert type(now) is Tensor
+    torch.testing.assert_close(now, then, rtol=0, atol=0)
+    _, true_grads = by_hand(model, x)
+    assert_gradients_close(grads, true_grads, 1e-13)
+
+
+class Branches(nn.Module):
+    """Features side by side: with the penalty alone no gradient arrives from above."""
+
+    class Double(torch.autograd.Function):
+        """A kernel of the user's own, which reads its gradient by address."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            assert type(grad) is Tensor
+            assert grad.data_ptr() != 0
+            return grad * 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(6, dtype=torch.float64)) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(4))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        return [layer(self.Double.apply(x * w)) for layer, w in zip(self.layers, self.weights, strict=True)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack(self.features(x)).sum(0)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_only_gradient_of_a_feature_is_an_ordinary_tensor(norm: str) -> None:
+    model, x = Branches(), torch.randn(4, 6, dtype=torch.float64)
+    truth = gradients(model, ffr_loss(model.features(x), norm=norm, backend="cpu"))
+    with flow_of(model, norm=norm) as flow:
+        model(x)
+        assert_gradients_close(gradients(model, flow.loss()), truth, 1e-13)
+    assert all(type(p.grad) in (Tensor, nn.Parameter) for p in model.parameters())
+
+
+def test_a_pending_gradient_that_gets_out_behaves_like_a_tensor() -> None:
+    """autograd.grad for a feature that no other gradient reaches returns it before any hook."""
+    model, x = Branches(), torch.randn(4, 6, dtype=torch.float64)
+    outputs: list[Tensor] = []
+    model.layers[1].register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    features = model.features(x)
+    truth = torch.autograd.grad(ffr_loss(features, backend="cpu"), features[1])[0]
+    outputs.clear()
+    with flow_of(model) as flow:
+        model(x)
+        grad, _ = torch.autograd.grad(flow.loss(), [outputs[0], model.weights[1]])
+    assert torch.equal(grad, truth)
+    assert grad.tolist() == truth.tolist()
+    assert (grad.numpy() == truth.numpy()).all()
+    assert repr(grad)
+    assert torch.equal(grad * 2, truth * 2)
+    torch.testing.assert_close(grad + grad, truth + truth)
+
+
+def test_anomaly_mode() -> None:
+    model, x = Chain(), torch.randn(4, 3, 5, dtype=torch.float64)
+    _, truth = by_hand(model, x)
+    with flow_of(model) as flow, torch.autograd.detect_anomaly(check_nan=True):
+        assert_gradients_close(gradients(model, model(x).sum() + flow.loss()), truth, 1e-13)
 
 
 # --- odd networks ---------------------------------------------------------------------------------
