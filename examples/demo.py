@@ -11,9 +11,13 @@ what became of the filters, and draws pictures into runs/demo. Takes minutes on 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import queue
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import plots
 from data import Images, load
@@ -28,17 +32,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from train import Config, Epoch, Run, write_csv
+from train import Config, Run, write_csv
 
 WITHOUT, WITH = "without FFR", "with FFR"
 
 
 def train_both(config: Config, images: Images, console: Console) -> dict[str, Run]:
-    """Train twice from the same seed, on the same batches, without and with the penalty."""
-    runs = {
-        WITHOUT: Run(replace(config, ffr_gradient=0.0, ffr_curvature=0.0), images),
-        WITH: Run(config, images),
-    }
+    """Train twice from the same seed on the same batches, without and with the penalty, in two processes
+    side by side."""
+    configs = {WITHOUT: replace(config, ffr_gradient=0.0, ffr_curvature=0.0), WITH: config}
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
@@ -50,21 +52,39 @@ def train_both(config: Config, images: Images, console: Console) -> dict[str, Ru
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        for label, run in runs.items():
-            task = progress.add_task(label, total=config.epochs, accuracy=0.0, dead=0, filters=0)
+    # Spawned, because a forked process must not use the parent's OpenMP threads.
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+        messages = context.Queue()
+        paths = {label: Path(folder) / f"{number}.pt" for number, label in enumerate(configs)}
+        tasks = {
+            label: progress.add_task(label, total=config.epochs, accuracy=0.0, dead=0, filters=0)
+            for label in configs
+        }
+        processes = [
+            context.Process(
+                target=train_one, args=(label, configs[label], paths[label], messages), daemon=True
+            )
+            for label in configs
+        ]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes) or not messages.empty():
+            try:
+                label, accuracy, dead, filters = messages.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            progress.update(tasks[label], advance=1, accuracy=accuracy, dead=dead, filters=filters)
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("a training process failed; its message is above")
+        return {label: Run.resume(path, images) for label, path in paths.items()}
 
-            def after_epoch(epoch: Epoch, task: int = task) -> None:  # type: ignore[assignment]
-                progress.update(
-                    task,
-                    advance=1,
-                    accuracy=epoch.test_accuracy,
-                    dead=epoch.dead_filters,
-                    filters=epoch.filters,
-                )
 
-            run.train(after_epoch)
-    return runs
+def train_one(label: str, config: Config, path: Path, messages: Any) -> None:
+    """Train in a process of its own, report every epoch, and leave the run at ``path``."""
+    run = Run(config)
+    run.train(lambda epoch: messages.put((label, epoch.test_accuracy, epoch.dead_filters, epoch.filters)))
+    run.save(path)
 
 
 def layer_table(results: dict[str, Pruned]) -> Table:
@@ -163,7 +183,9 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
         "--weight", type=float, default=default.ffr_gradient, help="of length and curvature"
     )
     arguments.add_argument("--seed", type=int, default=default.seed)
-    arguments.add_argument("--threads", type=int, default=default.threads, help="0: what torch chooses")
+    arguments.add_argument(
+        "--threads", type=int, default=1, help="of each training; more hardly help images this small"
+    )
     arguments.add_argument("--backend", default=default.backend, help="see ffr_loss")
     arguments.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = arguments.parse_args(argv)
