@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ffr_ext import ffr_loss
+from ffr_ext import FeatureFlow, ffr_loss
 
 
 class Residual(nn.Module):
@@ -137,8 +138,6 @@ class Tower(nn.Module):
 
 def trained(model: nn.Module, steps: int, lr: float = 0.1, **options: Any) -> dict[str, Tensor]:
     """Weights after `steps` full-batch SGD steps on `Tower.data()` with FFR, in a plain loop."""
-    from ffr_ext import FeatureFlow
-
     x, y = Tower.data()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with FeatureFlow(model, **options) as flow:
@@ -147,3 +146,23 @@ def trained(model: nn.Module, steps: int, lr: float = 0.1, **options: Any) -> di
             (nn.functional.cross_entropy(model(x), y) + flow.loss()).backward()
             optimizer.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class Checkpointed(ResidualNet):
+    """Every block behind activation checkpointing."""
+
+    use_reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.early:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        x = self.down(x)
+        for block in self.late:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+def make_flow(model: nn.Module, *args: Any, **options: Any) -> FeatureFlow:
+    """The backend an install has for CPU tensors: with the native one gradients are made just in time."""
+    return FeatureFlow(model, *args, **options)
