@@ -34,7 +34,7 @@ std::string compiler() {
 
 // "2.10" from 0x020a...: the two topmost bytes are the major and the minor version.
 std::string stable_abi() {
-  constexpr uint64_t target = TORCH_TARGET_VERSION;
+  constexpr uint64_t target = FFR_EXT_TORCH_TARGET;
   return std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
 }
 
