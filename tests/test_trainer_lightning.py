@@ -184,6 +184,22 @@ def test_under_manual_optimisation_the_first_backward_of_a_batch_gets_the_penalt
     assert_same_weights(module, truth)
 
 
+class LateModule(Module):
+    """Makes its layers in configure_model, as sharded strategies want it."""
+
+    def configure_model(self) -> None:
+        torch.manual_seed(3)
+        self.net = Tower()
+
+
+def test_layers_made_by_configure_model_are_found(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    truth = trained(Tower(), 3, **OPTIONS)
+    module = LateModule()
+    make_trainer(FFRCallback(**OPTIONS), tmp_path).fit(module, loader())
+    assert_same_weights(module, truth)
+
+
 def test_a_missing_layer_is_named_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no module named 'layers\.9'"):
         make_trainer(FFRCallback(["layers.9"], module="net"), tmp_path).fit(Module(), loader())

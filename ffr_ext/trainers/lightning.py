@@ -63,10 +63,9 @@ class FFRCallback(Callback):
         self.schedule: WeightSchedule | None = None
         self._steps = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hooks go on before the strategy wraps or compiles the module."""
-        if stage != "fit":
-            return
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After ``configure_model`` has made the layers, before anything is run or traced by
+        ``torch.compile``."""
         target: nn.Module = pl_module.get_submodule(self.module) if self.module else pl_module
         self.flow = FeatureFlow(target, self.layers, **self.options).attach()
         self.schedule = WeightSchedule(self.flow, **self.schedule_options)
@@ -120,7 +119,7 @@ class FFRCallback(Callback):
     def _ready(self) -> tuple[FeatureFlow, WeightSchedule]:
         if self.flow is None or self.schedule is None:
             raise RuntimeError(
-                "FFRCallback: setup() has not run; pass the callback to the Trainer's callbacks="
+                "FFRCallback: on_fit_start() has not run; pass the callback to the Trainer's callbacks="
             )
         return self.flow, self.schedule
 
