@@ -34,7 +34,13 @@ def _run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info,)
+def _add_pruning(commands: Subparsers) -> None:
+    from .pruning import cli
+
+    cli.add_arguments(commands)
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info, _add_pruning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,16 +7,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ffr_ext import backends, compact_filters, filter_norms
-from ffr_ext.pruning.layout import kernel_backend
-
-
-def backends_here(op: str) -> list[str]:
-    native = backends.available()["cpu"].available and kernel_backend("auto", "cpu", op) == "cpu"
-    return ["reference", "cpu"] if native else ["reference"]
+from ffr_ext import compact_filters, filter_norms
 
 
 def weights(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -31,7 +25,6 @@ def weights(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("backend", backends_here("filter_norms"))
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -44,7 +37,6 @@ def test_norms_equal_vector_norm(backend: str, p: float, dim: int, dtype: torch.
         torch.testing.assert_close(norms, expected.to(wanted))
 
 
-@pytest.mark.parametrize("backend", backends_here("filter_norms"))
 def test_norms_of_odd_tensors(backend: str) -> None:
     vector, empty, no_inputs = torch.tensor([-3.0, 4.0]), torch.empty(0, 3), torch.empty(2, 0)
     got = filter_norms([vector, empty, no_inputs], backend=backend)
@@ -52,7 +44,6 @@ def test_norms_of_odd_tensors(backend: str) -> None:
     assert filter_norms([], backend=backend) == []
 
 
-@pytest.mark.parametrize("backend", backends_here("filter_norms"))
 def test_norms_do_not_overflow_in_half(backend: str) -> None:
     """The sum of squares of 60000 is infinite in float16 and its norm over 4 elements is not representable
     either."""
@@ -62,7 +53,6 @@ def test_norms_do_not_overflow_in_half(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", backends_here("compact_filters"))
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(
     "dtype",
@@ -87,7 +77,6 @@ def test_gather_equals_index_select(backend: str, dim: int, dtype: torch.dtype) 
         assert torch.equal(got, weight.index_select(dim, index))
 
 
-@pytest.mark.parametrize("backend", backends_here("compact_filters"))
 def test_gather_keeps_the_memory_format(backend: str) -> None:
     weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
     pointwise = torch.randn(8, 4, 1, 1).to(memory_format=torch.channels_last)
@@ -97,7 +86,6 @@ def test_gather_keeps_the_memory_format(backend: str) -> None:
     assert one.stride() == (4, 1, 4, 4)
 
 
-@pytest.mark.parametrize("backend", backends_here("compact_filters"))
 def test_gather_takes_a_dimension_per_tensor_and_empty_indices(backend: str) -> None:
     a, b = torch.arange(6).view(2, 3), torch.arange(4)
     none = torch.empty(0, dtype=torch.int64)
@@ -107,8 +95,7 @@ def test_gather_takes_a_dimension_per_tensor_and_empty_indices(backend: str) -> 
     assert not compact_filters([a.float().requires_grad_()], [none], backend=backend)[0].requires_grad
 
 
-@pytest.mark.parametrize("backend", backends_here("compact_filters"))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_gather_of_any_shapes(backend: str, data: st.DataObject) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4))

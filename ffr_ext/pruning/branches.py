@@ -98,6 +98,10 @@ def _replaceable(
         return None
     if same_as.get(result, result) is same_as.get(source, source):
         return IDENTITY
+    # A grouped convolution that is cut to one channel per group couples its channels only then: leave it
+    # alone, so that a second compaction finds no more than the first.
+    if any(getattr(m, "groups", 1) != 1 for m in module.modules()):
+        return None
     return ZEROS if _coupled(before, after, sets) and bool(after.state.zero().all()) else None
 
 

@@ -170,7 +170,8 @@ class _Search:
         them."""
         base = _copy_without_hooks(self.model)
         try:
-            self.check.require_equal(base)
+            if any(_hooks_of(m) for m in self.model.modules()):
+                self.check.require_equal(base)
         except Mismatch as error:
             raise ValueError(
                 f"compact: a copy of {type(self.model).__name__} without its hooks computes something "
@@ -225,7 +226,8 @@ class _Search:
             raise ValueError("compact: an exact copy of the model does not give its outputs a second time")
         others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64)
         forbidden |= torch.isin(solver.family, others)
-        solver.solve(forbidden)  # its reasons are those of the last call
+        if others.numel():
+            solver.solve(forbidden)  # its reasons are those of the last call
         return confirmed[0]
 
 
@@ -253,13 +255,25 @@ def _cannot_leave(solver: Solver, family: int, mismatch: Mismatch) -> str:
     return f"{', '.join(axes[:4])} stay: without their dead channels the forward code fails: {mismatch}"
 
 
+_WATCHING = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    return [hook for name in (*_WATCHING, "_forward_pre_hooks") for hook in getattr(module, name).values()]
+
+
 def _copy_without_hooks(model: nn.Module) -> nn.Module:
     """A deep copy. Hooks that watch (features, timing) stay with the source; those of torch itself, which
     compute weights from other parameters, come along."""
     result = copy.deepcopy(model)
     for (_, old), (_, new) in zip(model.named_modules(), result.named_modules(), strict=True):
-        for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-                     "_backward_hooks", "_backward_pre_hooks"):  # fmt: skip
+        for name in _WATCHING:
             getattr(new, name).clear()
         for key, hook in list(new._forward_pre_hooks.items()):
             if not type(hook).__module__.startswith("torch.nn.utils"):

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .report import count_parameters
+from .report import count_parameters, flop_counter
 from .scale import effective_scales, find_layers
-from .tracing import as_call, evaluating
+from .tracing import as_call
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,7 @@ def check_threshold(threshold: float) -> None:
 
 
 def _flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    args, kwargs = as_call(example_inputs)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
+    counter = flop_counter(model, *as_call(example_inputs))
     prefix = f"{type(model).__name__}."
     result = {"": int(counter.get_total_flops())}
     for name, per_op in counter.get_flop_counts().items():

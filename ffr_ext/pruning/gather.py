@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
-from .layout import as_contiguous, empty_in_order, kernel_backend, stride_order, tensor_list
+from .. import backends, ops
+from .layout import as_contiguous, empty_in_order, stride_order, tensor_list
 from .norms import dims_of
 
 
@@ -60,7 +60,7 @@ def compact_filters(
                 [moved[id(indices[i]), device] for i in members],
                 [dims[i] for i in members],
                 [results[i] for i in members],
-                kernel_backend(backend, device.type, "compact_filters"),
+                backends.resolve(backend, device.type),
             )
     return results
 

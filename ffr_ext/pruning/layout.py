@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-
 
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """`tensors` as a list, or TypeError naming the argument and the index."""
@@ -43,12 +41,3 @@ def empty_in_order(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     order = stride_order(tensor)
     storage = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
     return storage.permute([order.index(d) for d in range(len(order))])
-
-
-def kernel_backend(backend: str, device_type: str, op: str) -> str:
-    """`backends.resolve`, and for "auto" the reference when the native library has no such pruning kernel."""
-    chosen = backends.resolve(backend, device_type)
-    if backend == "auto" and chosen in ("cpu", "cuda"):
-        present = torch._C._dispatch_has_kernel_for_dispatch_key(f"ffr_ext::{op}", chosen.upper())
-        return chosen if present else "reference"
-    return chosen

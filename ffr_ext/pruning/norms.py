@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
-from .layout import as_contiguous, kernel_backend, tensor_list
+from .. import backends, ops
+from .layout import as_contiguous, tensor_list
 
 NORM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,7 +53,7 @@ def filter_norms(
     with torch.no_grad():
         for device in dict.fromkeys(w.device for w in tensors):
             members = [i for i, w in enumerate(tensors) if w.device == device]
-            chosen = kernel_backend(backend, device.type, "filter_norms")
+            chosen = backends.resolve(backend, device.type)
             on_device, on_dims = [tensors[i] for i in members], [dims[i] for i in members]
             for i, norms in zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True):
                 results[i] = norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .liveness import Solver
 from .tracing import evaluating
@@ -155,11 +157,32 @@ def count_bytes(model: nn.Module) -> int:
 
 def count_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """FLOPs of one forward pass."""
+    return flop_counter(model, args, kwargs).get_total_flops()
+
+
+def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch's `FlopCounterMode` after one forward pass, on tensors without data where the forward code takes them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    return int(counter.get_total_flops())
+    trial = copy.deepcopy(
+        model
+    )  # a forward may keep tensors, and those without data must not stay in the model
+    with evaluating(model, trial):
+        try:
+            with (
+                FakeTensorMode(allow_non_fake_inputs=True) as fake,
+                FlopCounterMode(display=False) as counter,
+            ):
+                trial(*_to_fake(args, fake), **_to_fake(kwargs, fake))
+        except Exception:  # a forward that looks at values
+            with FlopCounterMode(display=False) as counter:
+                model(*args, **kwargs)
+    return counter
+
+
+def _to_fake(values: Any, fake: Any) -> Any:
+    return pytree.tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, values)
 
 
 def measure_latency(
