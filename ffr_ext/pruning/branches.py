@@ -98,6 +98,8 @@ def _replaceable(
         return None
     if same_as.get(result, result) is same_as.get(source, source):
         return IDENTITY
+    if any(op_name(user).removesuffix("_") not in ("add", "sub") for user in result.users):
+        return None  # no residual branch: a gate, say, whose zeros the next op makes something else of
     # A grouped convolution that is cut to one channel per group couples its channels only then: leave it
     # alone, so that a second compaction finds no more than the first.
     if any(getattr(m, "groups", 1) != 1 for m in module.modules()):

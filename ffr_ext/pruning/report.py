@@ -161,13 +161,11 @@ def count_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch's `FlopCounterMode` after one forward pass, on tensors without data where the forward code takes them."""
+    """torch's `FlopCounterMode` after one forward pass, without data where the forward code allows that."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    trial = copy.deepcopy(
-        model
-    )  # a forward may keep tensors, and those without data must not stay in the model
+    trial = copy.deepcopy(model)  # a forward may keep tensors, and fake ones must not stay in the model
     with evaluating(model, trial):
         try:
             with (
