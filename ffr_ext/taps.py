@@ -13,6 +13,7 @@ in its backward pass handed to the taps through the `Walk` they share.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -76,7 +77,8 @@ class Slot:
             if live.coef is None:
                 continue  # this part of the loss was not differentiated
             made, mapped = walk.made[place], walk.mapped[place]
-            if self.owned is not None and len(self.places) == 1 and not mapped and made == self.layout:
+            alone = len(self.places) == 1 and not mapped and made == self.layout
+            if alone and self.owned is not None and not _compiled_autograd():
                 return PendingGradient(made, live.coef.device, partial(live.write, place), self.owned)
             if (
                 total is not None
@@ -93,6 +95,12 @@ class Slot:
             grad = _with_strides(grad, self.layout)
             total = grad if total is None else total.add_(grad)
         return total
+
+
+def _compiled_autograd() -> bool:
+    """Whether torch.compile runs this backward pass: then the additions are not autograd's own."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)
 
 
 class Tap(torch.autograd.Function):

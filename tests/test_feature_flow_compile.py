@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Calls, ResidualNet, assert_gradients_close, expected, gradients, images, task_loss
+from flow_models import (
+    Calls,
+    ResidualNet,
+    Tower,
+    assert_gradients_close,
+    expected,
+    gradients,
+    images,
+    task_loss,
+)
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
-from ffr_ext import FeatureFlow, ffr_loss
+from ffr_ext import FeatureFlow, ffr_loss, taps
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +104,21 @@ def test_the_layer_that_overwrites_can_be_captured_from_a_compiled_graph(compile
     with FeatureFlow(model, backend="reference") as flow:
         torch.compile(model, backend=compiler)(x)
         torch.testing.assert_close(flow.loss().detach(), truth.detach())
+
+
+@pytest.mark.slow
+def test_compiled_autograd(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward is eager and has taps; the backward pass is compiled and adds in its own way."""
+    monkeypatch.setattr(taps, "MIN_BYTES", 0)
+    model, x = Tower(3, width=4), torch.randn(5, 4)
+    features = []
+    for layer in model.layers:
+        features.append(layer(features[-1] if features else x))
+    truth = gradients(model, task_loss(model.head(features[-1])) + ffr_loss(features, backend=fused))
+    with FeatureFlow(model, model.layers, backend=fused) as flow:
+        loss = task_loss(model(x)) + flow.loss()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            assert_gradients_close(gradients(model, loss), truth, 1e-6)
 
 
 def test_the_hook_free_route_compiles_into_one_graph(backend: str) -> None:
