@@ -28,7 +28,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -45,11 +44,7 @@ def train_both(config: Config, images: Images, console: Console) -> dict[str, Ru
         TextColumn("{task.description:12}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(
-            "accuracy {task.fields[accuracy]:6.1%}  dead filters "
-            "{task.fields[dead]:3d}/{task.fields[filters]}"
-        ),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[accuracy]:6.1%} right, {task.fields[dead]:3d}/{task.fields[filters]} dead"),
         TimeRemainingColumn(),
     )
     # Spawned, because a forked process must not use the parent's OpenMP threads.

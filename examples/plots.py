@@ -51,7 +51,6 @@ def pruned(results: dict[str, Pruned], path: Path) -> None:
             positions, [100 * share for share in shares], 0.36, color=(WITHOUT, WITH)[index % 2], label=label
         )
         axes.bar_label(bars, [f"{100 * share:.0f} %" for share in shares])
-    axes.axhline(100, color="#bbbbbb", lw=1)
     axes.set_xticks(range(2), ["parameters", "FLOPs"])
     axes.set(ylabel="% left", title="After cutting out the dead filters (same outputs)", ylim=(0, 118))
     axes.legend(frameon=False, loc="upper center", ncols=2)
