@@ -123,5 +123,8 @@ def _why_absent() -> str:
         return (
             f"the native library is built for another Python: there is {', '.join(libraries)}, not {needed}"
         )
-    notes = build_record().get("notes") or []
+    record = build_record()
+    if record.get("native"):
+        return "the native library that this install was built with is gone"
+    notes = record.get("notes") or []
     return "installed without the native library" + (": " + "; ".join(notes) if notes else "")

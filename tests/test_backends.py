@@ -287,6 +287,12 @@ def test_an_install_without_the_library_is_quiet(package: Path) -> None:
     assert result["error"] == "installed without the native library: no C++ compiler found"
 
 
+def test_a_library_that_was_deleted_is_not_blamed_on_the_build(package: Path) -> None:
+    (package / "_build_record.json").write_text(json.dumps({"native": True, "notes": ["no CUDA kernels"]}))
+    result = outcome(run(USE, package.parent), package.parent)
+    assert result["error"] == "the native library that this install was built with is gone"
+
+
 def test_a_library_for_another_python_is_named(package: Path) -> None:
     (package / "_C.cpython-399-x86_64-linux-gnu.so").write_bytes(b"")
     result = outcome(run(USE, package.parent), package.parent)
