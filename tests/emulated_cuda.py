@@ -25,8 +25,8 @@ FLAGS = [
     "-fPIC",
     "-Wno-psabi",
     f"-I{ROOT / 'tests/cuda_on_cpu'}",
-    "-DFFR_FORWARD_BLOCKS=6",
-    "-DFFR_BACKWARD_BLOCKS=6",
+    "-DFFR_FORWARD_BLOCKS=2",
+    "-DFFR_BACKWARD_BLOCKS=2",
 ]
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 

@@ -51,7 +51,7 @@ def resources(cubin: Path) -> dict[str, Resources]:
 
 
 def instructions(cubin: Path) -> dict[str, list[str]]:
-    """The instructions of every kernel of a cubin with their modifiers, such as LDG.E.128, in program order."""
+    """The instructions of every kernel of a cubin with their modifiers (LDG.E.128), in program order."""
     found: dict[str, list[str]] = {}
     for part in _dump(cubin, "--dump-sass").split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]
@@ -89,21 +89,41 @@ def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, A
         JITFunction.run = run  # type: ignore[method-assign]
 
 
-def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], capability: int) -> Any:
-    """Compiles what a recorded launch would have compiled, for sm_`capability`: Triton's own binder decides
-    what the arguments are specialised on.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def _bind(launch: Launch, backend: Any) -> tuple[Any, Any, Any]:
+    """What Triton's own binder makes of the arguments."""
     from triton.runtime.jit import create_function_from_signature
 
     kernel, args, kwargs = launch
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    return bound, specialization, options
+
+
+def _backend(capability: int) -> tuple[Any, Any]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
     target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        *args, **kwargs
-    )
-    parsed, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return target, make_backend(target)
+
+
+def specialization(launch: Launch, capability: int = 90) -> str:
+    """What a recorded launch would be compiled for: equal for two launches that share a kernel."""
+    _, specialized, options = _bind(launch, _backend(capability)[1])
+    return f"{launch[0].__name__} {specialized} {options}"
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Compiles what a recorded launch would have compiled, for sm_`capability`."""
+    import triton
+    from triton.compiler import ASTSource
+
+    target, backend = _backend(capability)
+    bound, specialized, options = _bind(launch, backend)
+    kernel, _, kwargs = launch
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialized, options)
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=parsed.__dict__)

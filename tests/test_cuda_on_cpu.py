@@ -31,6 +31,14 @@ def test_sums_signs_and_gradients(
     check_flow(kernels, make_problem(flow_cases(dtype)[case], squared))
 
 
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_blocks_of_several_tiles(dtype: torch.dtype, squared: bool, kernels: EmulatedKernels) -> None:
+    check_flow(
+        kernels, make_problem([StageSpec(3, 9001, 1, dtype), StageSpec(2, 8 * 2600, 2, dtype)], squared)
+    )
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_sums_without_signs(dtype: torch.dtype, kernels: EmulatedKernels) -> None:
     check_flow(kernels, make_problem([StageSpec(5, 2100, 1, dtype)], squared=False), with_signs=False)
@@ -40,7 +48,7 @@ def test_sums_without_signs(dtype: torch.dtype, kernels: EmulatedKernels) -> Non
 @pytest.mark.parametrize(
     ("stages", "forward", "backward"),
     [
-        ([StageSpec(10, 4096), StageSpec(9, 2048), StageSpec(9, 1024)], 2, 1),
+        ([StageSpec(10, 8192), StageSpec(9, 4096), StageSpec(9, 2048)], 2, 1),
         ([StageSpec(64, 32)], 1, 1),  # one tile: its sums are the stage's, and there is nothing to add up
         ([StageSpec(3, 5000, 1, F32), StageSpec(3, 5000, 1, BF16), StageSpec(3, 5000, 1, F64)], 4, 3),
         ([StageSpec(2, 40)] * 20, 2, 2),
@@ -58,9 +66,6 @@ def test_number_of_launches(
     problem = make_problem(stages, squared)
     flat = [f for stage in problem.features for f in stage]
     stats, coef = torch.cat(problem.coef), torch.cat(problem.coef)
-    signs = torch.zeros(
-        0 if squared else sum((s.length - 1) * (s.numel + 31) // 32 * 16 for s in stages), dtype=torch.uint8
-    )
     signs = torch.zeros(0 if squared else 1 << 20, dtype=torch.uint8)
     lengths, numels, groups = (
         [s.length for s in stages],

@@ -21,8 +21,8 @@ struct BackwardPiece {
   const double*
       first;  // coefficient of the first plane's d and c in group 0; the next plane's lies `groups` on
   const double* second;
-  int64_t chunks;          // of a group
   int64_t tiles;           // of a chunk
+  uint32_t chunks;         // of a group
   uint32_t blocks_end;     // blocks of this and all earlier pieces of the launch
   uint16_t first_feature;  // first pointer to a feature
   uint16_t first_grad;     // first pointer to a gradient
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   int index = 0;
   while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
   const BackwardPiece& piece = args.pieces[index];
-  const int64_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
+  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
   const int64_t group = block / piece.chunks, chunk = block % piece.chunks;
 
   const double factor = kSquared ? 2.0 : 0.5;
@@ -264,7 +264,7 @@ cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Work
   piece.signs = squared ? nullptr : signs + plane * piece.plane_bytes;
   piece.first = coef + plane * shape.groups;
   piece.second = coef + (firsts + plane) * shape.groups;
-  piece.chunks = chunks.count;
+  piece.chunks = static_cast<uint32_t>(chunks.count);
   piece.tiles = chunks.tiles;
   piece.features = static_cast<uint16_t>(features_end - plane);
   piece.planes = static_cast<uint16_t>(std::max<int64_t>(planes_end - plane, 0));

@@ -29,8 +29,8 @@ struct ForwardPiece {
   double* slots;      // [entries of the stage][chunks]
   int64_t first_row;  // entry of the piece's first |d| in group 0, and of its first |c|
   int64_t second_row;
-  int64_t chunks;       // of a group
   int64_t tiles;        // of a chunk
+  uint32_t chunks;      // of a group
   uint32_t blocks_end;  // blocks of this and all earlier pieces of the launch
   uint16_t first_pointer;
   uint16_t length;  // features read
@@ -93,7 +93,7 @@ __device__ __forceinline__ Compute<T> magnitude(const Compute<T> (&x)[kVec<T>]) 
 // us / 132).
 template <typename T, Mode mode>
 constexpr int resident_blocks() {
-  return sizeof(T) == 4 ? 4 : mode == Mode::kAbsSigns ? 2 : 3;
+  return sizeof(T) == 4 ? 4 : sizeof(T) == 8 || mode == Mode::kAbsSigns ? 2 : 3;
 }
 
 // Walks along the depth at positions element .. element + count. `sums`: the warp's [2][stride] of |d| and
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
   int index = 0;
   while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
   const ForwardPiece& piece = args.pieces[index];
-  const int64_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
+  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
   const int64_t group = block / piece.chunks, chunk = block % piece.chunks;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -339,7 +339,7 @@ cudaError_t add_stage(ForwardLaunch& launch, const StageView& stage, const Work&
     piece.slots = slots;
     piece.first_row = begin * shape.groups;
     piece.second_row = (firsts + begin) * shape.groups;
-    piece.chunks = chunks.count;
+    piece.chunks = static_cast<uint32_t>(chunks.count);
     piece.tiles = chunks.tiles;
     piece.length = static_cast<uint16_t>(std::min(end + 2, shape.length) - begin);  // two features of halo
     piece.firsts = static_cast<uint16_t>(end - begin);

@@ -68,7 +68,8 @@ def _forward_stage(
     if numel == 0:
         stats.zero_()
         return
-    shape = _StageShape.of(stage[0].dtype, numel, groups, (*stage, *(() if signs is None else (signs,))))
+    stage = [_aligned(feature) for feature in stage]
+    shape = _StageShape.of(stage[0].dtype, numel, groups)
     block = 32 * config.FORWARD_WARPS * config.FORWARD_ACCESSES * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
     # One tile: its sums are the group's, and go where they belong.
@@ -201,8 +202,8 @@ def _backward_piece(
     lead = begin - first_plane
     last_plane = min(begin + len(wanted) - 1, stage.length - 2)
     read = stage.features[first_plane : min(last_plane + 3, stage.length)] if squared else ()
-    sources = read if squared else (stage.signs,)
-    shape = _StageShape.of(tensors[0].dtype, stage.numel, stage.groups, (*sources, *tensors))
+    targets = [None if grad is None else _aligned(grad) for grad in wanted]
+    shape = _StageShape.of(tensors[0].dtype, stage.numel, stage.groups)
     block = 32 * config.BACKWARD_WARPS * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
     sizes: dict[str, Any] = dict(
@@ -221,14 +222,21 @@ def _backward_piece(
     at = (stage.groups, first_plane, stage.length - 1)
     if squared:
         backward_squares_kernel[grid](
-            tuple(read), stage.coef, tuple(wanted), shape.group_numel, tiles, *at, READ=len(read), **sizes
+            tuple(_aligned(feature) for feature in read),
+            stage.coef,
+            tuple(targets),
+            shape.group_numel,
+            tiles,
+            *at,
+            READ=len(read),
+            **sizes,
         )
     else:
         bytes_per_plane = plane_bytes(stage.numel)
         backward_signs_kernel[grid](
             stage.signs,
             stage.coef,
-            tuple(wanted),
+            tuple(targets),
             shape.group_numel,
             tiles,
             bytes_per_plane,
@@ -236,6 +244,9 @@ def _backward_piece(
             WORD=_WORDS[shape.vec],
             **sizes,
         )
+    for grad, target in zip(wanted, targets, strict=True):
+        if grad is not None and grad is not target:
+            grad.copy_(target)
 
 
 class _StageShape(NamedTuple):
@@ -243,19 +254,27 @@ class _StageShape(NamedTuple):
 
     group_numel: int
     vec: int  # elements of one 16-byte access
-    vector: bool  # every access may be one: all pointers are aligned, and so is the beginning of every group
+    vector: bool  # every group begins and ends with a whole access
     compute: tl.dtype
     slots: torch.dtype  # of a tile's sums: the compute precision, which is what they are made in
 
     @classmethod
-    def of(cls, dtype: torch.dtype, numel: int, groups: int, tensors: Sequence[Tensor]) -> "_StageShape":
+    def of(cls, dtype: torch.dtype, numel: int, groups: int) -> "_StageShape":
         vec = config.vector_length(dtype)
         group_numel = numel // groups
-        aligned = all(tensor.data_ptr() % config.ACCESS_BYTES == 0 for tensor in tensors)
-        vector = aligned and group_numel % vec == 0
+        vector = group_numel % vec == 0
         if dtype == torch.float64:
             return cls(group_numel, vec, vector, tl.float64, torch.float64)
         return cls(group_numel, vec, vector, tl.float32, torch.float32)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it does not begin at a multiple of 16 bytes.
+
+    Every mix of aligned and other pointers would otherwise be compiled anew, for seconds each time. Only
+    views that begin inside of an allocation are ever copied: torch's allocators align to 64 bytes and more.
+    """
+    return tensor if tensor.data_ptr() % config.ACCESS_BYTES == 0 else tensor.clone()
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:

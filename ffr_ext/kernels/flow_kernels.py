@@ -5,9 +5,9 @@ registers: each feature is read once. Features are passed as a tuple of pointers
 pointers in memory would need a copy to the device at every call, which a CUDA graph would replay with stale
 contents. The price is that the walk is unrolled, one compiled kernel per number of features.
 
-No argument is specialised on its value or alignment; the launcher decides once per stage (`VECTOR`) whether
-16-byte accesses are possible, so that there are two kernels per case and not one for each pattern of aligned
-tensors.
+No scalar argument is specialised on its value. Triton does specialise the pointers of a tuple on their
+alignment, each of them, so the launcher sees to it that all are aligned; then a kernel is compiled once for a
+dtype, a number of features and whether every group can be accessed by 16 bytes (`VECTOR`).
 """
 
 # ruff: noqa: SIM102  # two nested ifs where the second indexes a tuple, which Triton evaluates in any case
@@ -74,11 +74,14 @@ def _load_codes(
     anywhere.
     """
     if VECTOR:
-        words = tl.arange(0, BLOCK // VEC)
-        first = _plane(signs, plane, plane_bytes, start, VEC, WORD, VECTOR)
-        return tl.load(first + words, mask=words * VEC < left, other=0)
-    offsets = tl.arange(0, BLOCK)
-    return tl.load(signs + plane * plane_bytes + (start + offsets) // 2, mask=offsets < left, other=0)
+        offsets = tl.arange(0, BLOCK // VEC)
+        pointers = _plane(signs, plane, plane_bytes, start, VEC, WORD, VECTOR) + offsets
+        mask = offsets * VEC < left
+    else:
+        offsets = tl.arange(0, BLOCK)
+        pointers = signs + plane * plane_bytes + (start + offsets) // 2
+        mask = offsets < left
+    return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
@@ -140,7 +143,7 @@ def forward_kernel(
     slots,  # [entries of the stage, tiles], or the stage's stats when a group is one tile
     group_numel: tl.int64,
     plane_bytes: tl.int64,
-    tiles: tl.int64,  # of a group
+    tiles: tl.int32,  # of a group
     groups: tl.int64,
     first_row: tl.int64,  # entry of this piece's first |d| in group 0, and of its first |c|
     second_row: tl.int64,
@@ -159,9 +162,9 @@ def forward_kernel(
     # One tile, and no loop over several: the compiler moves every feature's and plane's address out of such a
     # loop, and 64 features then spill (seen: 255 registers and 696 bytes of stack, against 80 registers
     # without the loop).
-    program = tl.program_id(0).to(tl.int64)
-    group = program // tiles
-    tile = program % tiles
+    program = tl.program_id(0)  # a division of 32 bits: 64 would be a call with a stack
+    group = (program // tiles).to(tl.int64)
+    tile = (program % tiles).to(tl.int64)
     begin = tile * BLOCK
     if VECTOR:
         group_numel = tl.multiple_of(group_numel, VEC)
@@ -215,10 +218,10 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles", "parts"], do_not_specialize_on_alignment=["slots", "sums"])
-def add_slots_kernel(slots, sums, tiles: tl.int64, parts: tl.int64, PART: tl.constexpr, BLOCK: tl.constexpr):
+def add_slots_kernel(slots, sums, tiles: tl.int32, parts: tl.int32, PART: tl.constexpr, BLOCK: tl.constexpr):
     """sums[row, part] = the sum of slots[row, part * PART :][:PART], in fp64 and in one order."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // parts
+    program = tl.program_id(0)
+    row = (program // parts).to(tl.int64)
     begin = (program % parts) * PART
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
@@ -246,7 +249,7 @@ def backward_signs_kernel(
     coef,  # the stage's coefficients
     grads,  # tuple of LENGTH pointers, None where not wanted
     group_numel: tl.int64,
-    tiles: tl.int64,  # of a group
+    tiles: tl.int32,  # of a group
     plane_bytes: tl.int64,
     groups: tl.int64,
     first_plane: tl.int64,
@@ -261,9 +264,9 @@ def backward_signs_kernel(
     WORD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    group = program // tiles
-    begin = (program % tiles) * BLOCK
+    program = tl.program_id(0)
+    group = (program // tiles).to(tl.int64)
+    begin = (program % tiles).to(tl.int64) * BLOCK
     if VECTOR:
         group_numel = tl.multiple_of(group_numel, VEC)
     left = tl.minimum(group_numel - begin, BLOCK).to(tl.int32)
@@ -321,7 +324,7 @@ def backward_squares_kernel(
     coef,
     grads,  # as in backward_signs_kernel, and so on
     group_numel: tl.int64,
-    tiles: tl.int64,
+    tiles: tl.int32,
     groups: tl.int64,
     first_plane: tl.int64,
     firsts: tl.int64,
@@ -335,9 +338,9 @@ def backward_squares_kernel(
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    group = program // tiles
-    begin = (program % tiles) * BLOCK
+    program = tl.program_id(0)
+    group = (program // tiles).to(tl.int64)
+    begin = (program % tiles).to(tl.int64) * BLOCK
     if VECTOR:
         group_numel = tl.multiple_of(group_numel, VEC)
     left = tl.minimum(group_numel - begin, BLOCK).to(tl.int32)
