@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 
 from .stages import Layout
 
-# Below this a dispatch through Python (10 us) costs more than the passes it saves. On one CPU thread, what
-# the penalty adds to the backward pass per feature, written and added apart or in place: 8 KiB 49 and 58 us,
-# 256 KiB 139 and 96 us.
-MIN_BYTES = 1 << 18
+# Below this a dispatch through Python (10 us) costs what the passes it saves are worth. What the penalty adds
+# to the backward pass per feature on one CPU thread, added apart and in place: 8 KiB 49 and 58 us, 1 MiB 296
+# and 146 us.
+MIN_BYTES = 1 << 20
 
 Counts = tuple[int, int, int]
 
