@@ -12,10 +12,15 @@ import argparse
 
 import torch
 
-from . import bench_loss, bench_scaling, bench_step, report, results
+from . import bench_compaction, bench_loss, bench_scaling, bench_step, report, results
 from .harness import QUICK, Options
 
-BENCHES = {"loss": bench_loss.main, "scaling": bench_scaling.main, "step": bench_step.main}
+BENCHES = {
+    "loss": bench_loss.main,
+    "scaling": bench_scaling.main,
+    "step": bench_step.main,
+    "compaction": bench_compaction.main,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
