@@ -1,9 +1,10 @@
-"""Feature flow regularization: fused difference norms of a network's features, and exact removal of the filters they kill.
+"""Feature flow regularization: fused difference norms of features, exact removal of dead filters.
 
 >>> from ffr_ext import ffr_loss
 >>> loss = task_loss + 3.0 * ffr_loss(features)          # features: list of tensors in depth order
 
-Importing this package touches no device and imports neither triton nor torch.export; what needs them loads at its first use.
+Importing this package touches no device and imports neither triton nor torch.export; what needs them loads at
+its first use.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         sparsity,
         zero_small_filters,
     )
-    from .selftest import selftest
+    from .verification import selftest
 
 # Where each public name lives, imported when it is first asked for.
 _HOMES = {
@@ -44,7 +45,7 @@ _HOMES = {
     "Compaction": "pruning",
     "CompactionPlan": "pruning",
     "show_config": "config",
-    "selftest": "selftest",
+    "selftest": "verification",
 }
 
 __all__ = [

@@ -34,13 +34,31 @@ def _run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_selftest(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "selftest", help="compare every available backend with the reference; exit status 1 on a mismatch"
+    )
+    parser.add_argument("--backend", help="only this one: cpu, cuda or triton")
+    parser.set_defaults(run=_run_selftest)
+
+
+def _run_selftest(arguments: argparse.Namespace) -> int:
+    from .verification import selftest
+
+    try:
+        return 0 if selftest(arguments.backend) else 1
+    except (ValueError, RuntimeError) as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 2
+
+
 def _add_pruning(commands: Subparsers) -> None:
     from .pruning import cli
 
     cli.add_arguments(commands)
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info, _add_pruning)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info, _add_selftest, _add_pruning)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

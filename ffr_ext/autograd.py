@@ -3,8 +3,8 @@
 `FlowStats` maps the features of a network to the sums of its difference norms (`stats`, design.md section 5). What the
 loss makes of them (roots, angles, weights, means) is ordinary differentiable arithmetic on that tiny tensor.
 
-Saved for backward: for l1 the packed signs only (0.5 byte an element), for the other norms the features themselves, which
-autograd keeps without a copy.
+Saved for backward: for l1 the packed signs only (0.5 byte an element), for the other norms the features
+themselves, which autograd keeps without a copy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from . import ops, traced
 from .stages import Layout, align, kernel_layouts
 
 DOUBLE_BACKWARD = (
-    "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second derivative is "
-    "not implemented. Compute the loss with backend='reference' to differentiate twice."
+    "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second "
+    "derivative is not implemented. Compute the loss with backend='reference' to differentiate twice."
 )
 VMAP = (
-    "ffr_ext: the fused feature-flow kernels do not support torch.vmap. Loop over the samples, or compute the loss with "
-    "backend='reference'."
+    "ffr_ext: the fused feature-flow kernels do not support torch.vmap. Loop over the samples, or compute the "
+    "loss with backend='reference'."
 )
 
 
@@ -92,7 +92,7 @@ class FlowStats(torch.autograd.Function):
     """`FlowStats.apply(spec, *features) -> (stats, signs)`; differentiable in the features, once."""
 
     @staticmethod
-    def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:
         return _sums(spec, features)
 
     @staticmethod
@@ -103,7 +103,7 @@ class FlowStats(torch.autograd.Function):
         _save(ctx, spec, tuple(features), signs)
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
         return (None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[1:]), grad_stats))
@@ -114,14 +114,14 @@ class FlowStats(torch.autograd.Function):
 
 
 class WeightedFlow(torch.autograd.Function):
-    """`WeightedFlow.apply(spec, weights, dtype, *features) -> (loss, stats, signs)` with `loss = (weights * stats).sum()`.
+    """`apply(spec, weights, dtype, *features) -> (loss, stats, signs)` with `loss = (weights * stats).sum()`.
 
-    What `FlowStats` and three small nodes after it compute, as one node: for a few tiny features those cost as much as
-    everything else (docs/performance.md). `weights` is a constant.
+    What `FlowStats` and three small nodes after it compute, as one node: for a few tiny features those cost as
+    much as everything else. `weights` is a constant.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         spec: FlowSpec, weights: Tensor, dtype: torch.dtype, *features: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         stats, signs = _sums(spec, features)
@@ -136,10 +136,15 @@ class WeightedFlow(torch.autograd.Function):
         _save(ctx, spec, tuple(features), signs)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _stats: None, _signs: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, _stats: None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[3:]), ctx.weights * grad_loss))
+        return (
+            None,
+            None,
+            None,
+            *_feature_gradients(ctx, tuple(ctx.needs_input_grad[3:]), ctx.weights * grad_loss),
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -150,7 +155,9 @@ class _RefusedTwice(torch.autograd.Function):
     """The backward pass as a node of its own under torch.func: right once, an error when differentiated again."""
 
     @staticmethod
-    def forward(spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(
+        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, *saved: Tensor
+    ) -> tuple[Tensor, ...]:
         return _flow_gradients(spec, layouts, wanted, grad_stats, saved)
 
     @staticmethod

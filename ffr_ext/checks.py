@@ -1,4 +1,6 @@
-"""Validation of what users pass in, and its messages. Every message names the argument, what was expected, what came."""
+"""Validation of what users pass in, and its messages. Every message names the argument,
+what was expected, what came.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,13 @@ def feature_list(features: Iterable[Tensor]) -> list[Tensor]:
                 f"features[{index}]: expected dtype float16, bfloat16, float32 or float64, got {feature.dtype}"
             )
         if feature.dim() == 0:
-            raise ValueError(f"features[{index}]: expected rank >= 1 with the batch first, got a 0-dim tensor")
+            raise ValueError(
+                f"features[{index}]: expected rank >= 1 with the batch first, got a 0-dim tensor"
+            )
         if feature.layout != torch.strided:
-            raise TypeError(f"features[{index}]: expected a dense (strided) tensor, got layout {feature.layout}")
+            raise TypeError(
+                f"features[{index}]: expected a dense (strided) tensor, got layout {feature.layout}"
+            )
     return listed
 
 
@@ -64,7 +70,9 @@ def check_has_terms(shapes: Sequence[tuple[int, ...]], gradient_terms: int) -> N
     if gradient_terms:
         return
     if len(shapes) < 2:
-        raise ValueError(f"features: expected at least two features, got {len(shapes)}: there is no difference to penalise")
+        raise ValueError(
+            f"features: expected at least two features, got {len(shapes)}: there is no difference to penalise"
+        )
     raise ValueError(
         "features: no two neighbours have the same shape, so there is no difference to penalise; got shapes "
         f"{', '.join(str(tuple(s)) for s in shapes)}. Choose layers inside a stage, or pass transition='pool'"
@@ -72,7 +80,9 @@ def check_has_terms(shapes: Sequence[tuple[int, ...]], gradient_terms: int) -> N
 
 
 def check_mappable(index: int, earlier: Sequence[int], later: Sequence[int]) -> None:
-    """ValueError unless a feature of shape `earlier` can be pooled and padded to shape `later` (`transition="pool"`)."""
+    """ValueError unless a feature of shape `earlier` can be pooled and padded to shape `later`
+    (`transition="pool"`).
+    """
 
     def refuse(reason: str) -> None:
         raise ValueError(
@@ -85,7 +95,9 @@ def check_mappable(index: int, earlier: Sequence[int], later: Sequence[int]) -> 
     if earlier[0] != later[0]:
         refuse(f"batch sizes differ ({earlier[0]} and {later[0]})")
     if len(earlier) > 1 and later[1] < earlier[1]:
-        refuse(f"channels go down from {earlier[1]} to {later[1]}; only zero-padding to more channels is defined")
+        refuse(
+            f"channels go down from {earlier[1]} to {later[1]}; only zero-padding to more channels is defined"
+        )
     for axis in range(2, len(earlier)):
         if later[axis] == 0 or earlier[axis] % later[axis]:
             refuse(f"size {earlier[axis]} of dim {axis} is not a whole multiple of {later[axis]}")
@@ -108,7 +120,8 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
             return weight
         if weight.dim() != 1 or weight.shape[0] != count:
             raise ValueError(
-                f"{name}: expected a float or one weight per term ({count}), got a tensor of shape {tuple(weight.shape)}"
+                f"{name}: expected a float or one weight per term ({count}), got a tensor of "
+                f"shape {tuple(weight.shape)}"
             )
         return weight
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):

@@ -20,7 +20,8 @@ from .stages import Plan, Stage, cached_plan, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
 
-# (features, stages, squared, per_sample, backend) -> stats: how the sums of `stages` are made. `FeatureFlow` has its own.
+# (features, stages, squared, per_sample, backend) -> stats: how the sums of `stages` are made. `FeatureFlow` has
+# its own.
 StatsMaker = Callable[[list[Tensor], Sequence[Stage], bool, bool, str], Tensor]
 
 
@@ -146,7 +147,9 @@ def penalty(
     backend: str,
     make_stats: StatsMaker | None = None,
 ) -> tuple[Tensor, Callable[[], FlowTerms]]:
-    """The loss, and a function that gives its terms without another pass over the features (and without holding them)."""
+    """The loss, and a function that gives its terms without another pass over the features (and without
+    holding them).
+    """
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
     plan = _plan(listed, transition)
@@ -222,12 +225,16 @@ def _backend(backend: str, features: list[Tensor]) -> str:
 def _warn_if_without_effect(
     gradient: float | list[float] | Tensor, curvature: float | list[float] | Tensor, plan: Plan
 ) -> None:
-    """A penalty that is silently zero would train nothing: say so when all the weight lies on terms that do not exist."""
-    if plan.curvature_terms == 0 and isinstance(gradient, float) and gradient == 0.0:
-        if isinstance(curvature, float) and curvature != 0.0 and not torch.compiler.is_compiling():
-            warnings.warn(
-                "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs", stacklevel=4
-            )
+    """A penalty that is silently zero would train nothing: say so when all the weight lies on terms that do
+    not exist.
+    """
+    if torch.compiler.is_compiling() or plan.curvature_terms:
+        return
+    if isinstance(gradient, float) and isinstance(curvature, float) and gradient == 0.0 != curvature:
+        warnings.warn(
+            "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs",
+            stacklevel=4,
+        )
 
 
 def _walk(
@@ -246,7 +253,9 @@ def _walk(
     return spec, walked
 
 
-def _stats(features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> Tensor:
+def _stats(
+    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
+) -> Tensor:
     """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
     spec, walked = _walk(features, stages, squared, per_sample, backend)
     stats, _signs = apply(FlowStats, spec, *walked)
@@ -261,7 +270,9 @@ def _rows(
     backend: str,
     make_stats: StatsMaker,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a device."""
+    """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a
+    device.
+    """
     rows: list[tuple[Tensor, Tensor]] = []
     first = 0
     for index in range(1, len(stages) + 1):
@@ -321,7 +332,9 @@ def _assemble(
 ) -> FlowTerms:
     """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
     gradient, curvature = [], []
-    for stage, (lengths, bends), (square_lengths, square_bends) in zip(plan.stages, rows, squares, strict=True):
+    for stage, (lengths, bends), (square_lengths, square_bends) in zip(
+        plan.stages, rows, squares, strict=True
+    ):
         divisor = stage.divisor(norm, reduction)
         root = reference.safe_sqrt if norm == "l2" else _identity
         gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
@@ -331,7 +344,8 @@ def _assemble(
         else:
             curvature.append(root(bends).sum(1) / divisor)
     return FlowTerms(
-        torch.cat([t.to(device) for t in gradient]).to(dtype), torch.cat([t.to(device) for t in curvature]).to(dtype)
+        torch.cat([t.to(device) for t in gradient]).to(dtype),
+        torch.cat([t.to(device) for t in curvature]).to(dtype),
     )
 
 
@@ -353,7 +367,10 @@ def _entry_weights(
     device: torch.device,
 ) -> Tensor:
     """d loss / d entry for every entry of stats."""
-    with torch.inference_mode(False), torch.no_grad():  # kept for later calls, which may want to differentiate
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # kept for later calls, which may want to differentiate
         if isinstance(gradient, float) and isinstance(curvature, float):
             # On the device already: weights that change at every step (a schedule) copy nothing from the host.
             unit_gradient = _unit_weights(plan, (1.0,) * plan.gradient_terms, (), norm, reduction, device)
@@ -373,7 +390,9 @@ def _unit_weights(
     reduction: str,
     device: torch.device,
 ) -> Tensor:
-    """weight / divisor for every entry, one after another; 0 where no weight is given or the earlier stage has counted."""
+    """weight / divisor for every entry, one after another; 0 where no weight is given or the earlier stage has
+    counted.
+    """
     on_gradient, on_curvature = iter(gradient), iter(curvature)
     parts = []
     for stage in plan.stages:

@@ -1,17 +1,18 @@
-"""The dispatcher's view of the kernels: schemas, fakes, and which op a backend means. Contract: docs/design.md section 5.
+"""The dispatcher's view of the kernels: schemas, fakes, and which op a backend means. Contract: docs/design.md
+section 5.
 
 The native module declares the schemas when it is there; without it they are declared here, so that
-`torch.ops.ffr_ext.*` always exists and an exported graph can be loaded anywhere. The ops only fill tensors the caller has
-allocated, so their fakes do nothing.
+`torch.ops.ffr_ext.*` always exists and an exported graph can be loaded anywhere. The ops only fill tensors the
+caller has allocated, so their fakes do nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import backends
 
@@ -49,11 +50,8 @@ def _fills_its_outputs(*_args: Any) -> None:
 def _triton_implementation(name: str) -> Callable[..., None]:
     def run(*args: Any) -> None:
         # Imported at the first call: triton is optional and slow to import.
-        if name.startswith("flow"):
-            from .kernels import flow as module
-        else:
-            from .kernels import filters as module  # type: ignore[no-redef]
-        getattr(module, name)(*args)
+        home = "flow" if name.startswith("flow") else "filters"
+        getattr(importlib.import_module(f".kernels.{home}", __package__), name)(*args)
 
     return run
 
@@ -110,4 +108,3 @@ def sign_bytes(length: int, numel: int) -> int:
 def stats_entries(length: int, groups: int) -> int:
     """Entries of stats (and of coef) for a stage: (length - 1) x groups lengths, then (length - 2) x groups bends."""
     return (length - 1 + max(length - 2, 0)) * groups
-

@@ -7,6 +7,7 @@ Nothing here is fused and every difference is materialised; that is the point: i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,8 +105,8 @@ def flow_terms(
         tail = previous[-2:] if transition == "pool" else []
         x = [pool_to(f, stage[0].shape) for f in tail] + stage
         x = [f.to(accumulate) for f in x]
-        d = [after - before for before, after in zip(x, x[1:], strict=False)]
-        for before, after in zip(d, d[1:], strict=False):
+        d = [after - before for before, after in pairwise(x)]
+        for before, after in pairwise(d):
             if curvature_kind == "angle":
                 curvature.append(angle_term(before, after, reduction))
             else:

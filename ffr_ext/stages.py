@@ -59,7 +59,7 @@ class Stage:
         return math.prod(self.shape)
 
     def divisor(self, norm: str, reduction: str) -> float:
-        """What phi(d) is divided by (design.md section 1). The mean over nothing is 0: an empty feature divides by 1."""
+        """What phi(d) is divided by (design.md section 1): 1 for an empty feature, whose mean is 0."""
         if reduction == "sum":
             return 1
         batch = max(self.batch, 1)
@@ -138,7 +138,8 @@ class Layout:
 
     @property
     def storage_order(self) -> tuple[int, ...] | None:
-        """Dims of size > 1 from outermost to innermost if the tensor fills its storage without gaps or overlap, else None.
+        """Dims of size > 1 from outermost to innermost if the tensor fills its storage without gaps or overlap,
+        else None.
 
         Two tensors of one shape with equal orders can be compared element by element in storage order.
         """
@@ -168,7 +169,9 @@ def walk_as_they_lie(layouts: Sequence[Layout], per_sample: bool) -> bool:
 
 
 def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layout]:
-    """The layouts in which the kernels write the gradients of a stage: as the features lie, or contiguous if `align` copies."""
+    """The layouts in which the kernels write the gradients of a stage: as the features lie, or contiguous if
+    `align` copies.
+    """
     if walk_as_they_lie(layouts, per_sample):
         return layouts
     strides = [1]
@@ -178,7 +181,11 @@ def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layo
 
 
 def align(features: Sequence[Tensor], per_sample: bool) -> list[Tensor]:
-    """Features of one shape in one storage order: the very same tensors if they share one already, else contiguous copies."""
-    if all(f.is_contiguous() for f in features) or walk_as_they_lie([Layout.of(f) for f in features], per_sample):
+    """Features of one shape in one storage order: the very same tensors if they share one already, else
+    contiguous copies.
+    """
+    if all(f.is_contiguous() for f in features) or walk_as_they_lie(
+        [Layout.of(f) for f in features], per_sample
+    ):
         return list(features)
     return [f.contiguous() for f in features]

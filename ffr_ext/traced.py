@@ -1,11 +1,14 @@
 """The loss kernels as functional ops, for graphs that are traced (torch.compile, torch.export).
 
-The kernels of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays functional,
-and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every gradient. An op that
-returns its tensors has none of that. In eager mode the extra hop through Python would only cost time.
+The kernels of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays
+functional, and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every
+gradient. An op that returns its tensors has none of that. In eager mode the extra hop through Python would only
+cost time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ SCHEMAS = {
 
 
 def empty_stats(
-    features: list[Tensor], lengths: list[int], groups: list[int], save_signs: bool
+    features: Sequence[Tensor], lengths: Sequence[int], groups: Sequence[int], save_signs: bool
 ) -> tuple[Tensor, Tensor]:
     """What `flow_forward` fills: stats, and the packed signs if wanted."""
     device = features[0].device
@@ -38,7 +41,12 @@ def empty_stats(
 
 
 def _flow_stats(
-    features: list[Tensor], lengths: list[int], groups: list[int], squared: bool, save_signs: bool, backend: str
+    features: list[Tensor],
+    lengths: list[int],
+    groups: list[int],
+    squared: bool,
+    save_signs: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     stats, signs = empty_stats(features, lengths, groups, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
@@ -46,7 +54,12 @@ def _flow_stats(
 
 
 def _flow_stats_fake(
-    features: list[Tensor], lengths: list[int], groups: list[int], squared: bool, save_signs: bool, backend: str
+    features: list[Tensor],
+    lengths: list[int],
+    groups: list[int],
+    squared: bool,
+    save_signs: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return empty_stats(features, lengths, groups, save_signs)
 

@@ -15,7 +15,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    states = ", ".join(f"{name} {'yes' if state.available else 'no'}" for name, state in backends.available().items())
+    states = ", ".join(
+        f"{name} {'yes' if state.available else 'no'}" for name, state in backends.available().items()
+    )
     return [f"ffr_ext {ffr_ext.__version__}, torch {torch.__version__}, backends: {states}"]
 
 

@@ -25,7 +25,9 @@ def loss_and_grads(features: Sequence[Tensor], upstream: float = 1.0, **options:
     return LossAndGrads(loss.detach(), [leaf.grad for leaf in leaves])
 
 
-def reference_in(dtype: torch.dtype, features: Sequence[Tensor], upstream: float = 1.0, **options: Any) -> LossAndGrads:
+def reference_in(
+    dtype: torch.dtype, features: Sequence[Tensor], upstream: float = 1.0, **options: Any
+) -> LossAndGrads:
     """The reference with features and all arithmetic in `dtype`, eagerly."""
     options.pop("backend", None)
     leaves = [f.detach().to(dtype).requires_grad_(f.requires_grad) for f in features]
@@ -35,9 +37,7 @@ def reference_in(dtype: torch.dtype, features: Sequence[Tensor], upstream: float
     return LossAndGrads(loss.detach(), [leaf.grad for leaf in leaves])
 
 
-def assert_no_worse_than_torch(
-    features: Sequence[Tensor], upstream: float = 1.0, **options: Any
-) -> None:
+def assert_no_worse_than_torch(features: Sequence[Tensor], upstream: float = 1.0, **options: Any) -> None:
     """The loss and every gradient are as near to the float64 truth as plain torch in the features' own dtype is.
 
     "Plain torch" casts to float32, computes eagerly, and rounds the gradient once: the best that dtype can give. Eight
@@ -50,7 +50,9 @@ def assert_no_worse_than_torch(
     _assert_near(ours.loss, eager.loss, truth.loss, truth.loss.abs().item(), "loss")
     largest = max((t.abs().max().item() for t in truth.grads if t is not None and t.numel()), default=0.0)
     for index, (a, b, t) in enumerate(zip(ours.grads, eager.grads, truth.grads, strict=True)):
-        assert (a is None) == (t is None), f"features[{index}]: gradient {'missing' if a is None else 'not asked for'}"
+        assert (a is None) == (t is None), (
+            f"features[{index}]: gradient {'missing' if a is None else 'not asked for'}"
+        )
         if a is not None and b is not None and t is not None:
             assert a.dtype == features[index].dtype
             _assert_near(a, b, t, largest, f"gradient of features[{index}]")
@@ -65,7 +67,9 @@ def _assert_near(ours: Tensor, eager: Tensor, truth: Tensor, scale: float, name:
     assert error <= allowed, f"{name}: error {error:.3g}; plain torch in {ours.dtype} has {unavoidable:.3g}"
 
 
-def random_features(*shapes: Sequence[int], dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> list[Tensor]:
+def random_features(
+    *shapes: Sequence[int], dtype: torch.dtype = torch.float32, requires_grad: bool = True
+) -> list[Tensor]:
     """Standard normal features."""
     return [torch.randn(*s, dtype=torch.float64).to(dtype).requires_grad_(requires_grad) for s in shapes]
 
@@ -73,7 +77,8 @@ def random_features(*shapes: Sequence[int], dtype: torch.dtype = torch.float32, 
 def features_with_ties(*shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Features after a ReLU, rounded to quarters: many exact zeros and many equal neighbours."""
     return [
-        (torch.randn(*s, dtype=torch.float64).relu().mul(4).round() / 4).to(dtype).requires_grad_() for s in shapes
+        (torch.randn(*s, dtype=torch.float64).relu().mul(4).round() / 4).to(dtype).requires_grad_()
+        for s in shapes
     ]
 
 

@@ -14,7 +14,9 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 
 def _blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 WITH_PYTHON = [page for page in PAGES if _blocks(page, "python")]
@@ -32,7 +34,9 @@ def test_snippets_run_one_after_another(page: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text) + re.findall(r'src="(?!https?://)([^"]+)"', text)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text) + re.findall(
+        r'src="(?!https?://)([^"]+)"', text
+    )
     missing = [t for t in targets if not (page.parent / t).exists()]
     assert not missing
 

@@ -48,7 +48,9 @@ def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, norm: s
     ("norm", "kind", "reduction", "transition"),
     list(itertools.product(NORMS, KINDS, REDUCTIONS, ["break", "pool"])),
 )
-def test_every_combination_of_options(norm: str, kind: str, reduction: str, transition: str, fused: str) -> None:
+def test_every_combination_of_options(
+    norm: str, kind: str, reduction: str, transition: str, fused: str
+) -> None:
     features = random_features(*[(3, 4, 6, 6)] * 3, *[(3, 5, 3, 3)] * 1, *[(3, 5, 1, 1)] * 3)
     options = dict(norm=norm, curvature_kind=kind, reduction=reduction, transition=transition)
     assert_no_worse_than_torch(features, upstream=2.5, gradient=0.7, curvature=1.3, backend=fused, **options)
@@ -81,7 +83,9 @@ def test_ties_follow_torch(norm: str, dtype: torch.dtype, fused: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_identical_features_give_zero_and_zero_gradients(norm: str, kind: str, backend: str) -> None:
     x = torch.randn(2, 9)
-    result = loss_and_grads([x.clone().requires_grad_() for _ in range(4)], norm=norm, curvature_kind=kind, backend=backend)
+    result = loss_and_grads(
+        [x.clone().requires_grad_() for _ in range(4)], norm=norm, curvature_kind=kind, backend=backend
+    )
     assert result.loss.item() == 0.0
     for grad in result.grads:
         assert torch.equal(grad, torch.zeros_like(x))
@@ -120,7 +124,9 @@ def test_layouts(layout: str, dtype: torch.dtype, norm: str, fused: str) -> None
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("mixed", list(itertools.permutations(LAYOUTS, 2))[::5], ids=" + ".join)
 def test_mixed_layouts_in_one_stage(mixed: tuple[str, str], norm: str, fused: str) -> None:
-    """The same storage position means different elements there: pairing them in storage order would be wrong silently."""
+    """The same storage position means different elements there: pairing them in storage order would be wrong
+    silently.
+    """
     plain = random_features(*[(3, 4, 5, 6)] * 4)
     features = [map_features([x], LAYOUTS[mixed[i % 2]])[0] for i, x in enumerate(plain)]
     assert_no_worse_than_torch(features, norm=norm, backend=fused)

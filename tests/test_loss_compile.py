@@ -42,7 +42,9 @@ def _step(net: torch.nn.ModuleList, x: Tensor, **options: Any) -> Tensor:
     ],
     ids=str,
 )
-def test_a_training_step_is_one_graph_with_the_same_gradients(compiler: str, options: Any, backend: str) -> None:
+def test_a_training_step_is_one_graph_with_the_same_gradients(
+    compiler: str, options: Any, backend: str
+) -> None:
     net, x = _net(), torch.randn(5, 6, dtype=torch.float64)
     options = {**options, "backend": backend}
     loss = _step(net, x, **options)
@@ -100,6 +102,8 @@ def test_dynamic_sizes_under_inductor_have_right_gradients(backend: str) -> None
     for batch in (2, 3, 5):
         features = random_features(*[(batch, 3, 7)] * 3)
         for a, b in zip(
-            torch.autograd.grad(compiled(features), features), torch.autograd.grad(loss(features), features), strict=True
+            torch.autograd.grad(compiled(features), features),
+            torch.autograd.grad(loss(features), features),
+            strict=True,
         ):
             assert torch.allclose(a, b)

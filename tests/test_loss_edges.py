@@ -22,7 +22,9 @@ EMPTY = [(0, 3), (3, 0), (2, 3, 0, 4), (0,)]
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", ["difference", "angle"])
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
-def test_empty_features_cost_nothing(shape: tuple[int, ...], norm: str, kind: str, reduction: str, backend: str) -> None:
+def test_empty_features_cost_nothing(
+    shape: tuple[int, ...], norm: str, kind: str, reduction: str, backend: str
+) -> None:
     """The sum over nothing is 0, and so is its mean; gradients have the right shape."""
     features = random_features(*[shape] * 4)
     result = loss_and_grads(features, norm=norm, curvature_kind=kind, reduction=reduction, backend=backend)
@@ -86,7 +88,9 @@ def test_terms_take_any_upstream_gradient(norm: str, kind: str, fused: str) -> N
     ):
         grads = [
             torch.autograd.grad(
-                scalar(flow_terms(features, norm=norm, curvature_kind=kind, backend=b)), features, allow_unused=True
+                scalar(flow_terms(features, norm=norm, curvature_kind=kind, backend=b)),
+                features,
+                allow_unused=True,
             )
             for b in (fused, "reference")
         ]
@@ -113,7 +117,7 @@ def test_double_backward_raises(norm: str, fused: str) -> None:
     """A second derivative that is silently missing would be a wrong gradient."""
     features = random_features(*[(2, 5)] * 3)
     loss = ffr_loss(features, norm=norm, backend=fused)
-    with pytest.raises(RuntimeError, match="second derivative.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*backend='reference'"):
         torch.autograd.grad(loss, features, create_graph=True)
 
 
@@ -178,7 +182,9 @@ def test_l1_keeps_no_feature_alive(fused: str) -> None:
     assert leaf.grad is not None
 
 
-def test_changing_a_feature_in_place_before_backward_is_an_error_where_its_values_are_needed(fused: str) -> None:
+def test_changing_a_feature_in_place_before_backward_is_an_error_where_its_values_are_needed(
+    fused: str,
+) -> None:
     leaf = torch.randn(4, 8, requires_grad=True)
     features = [leaf * 1, leaf * 2]
     loss = ffr_loss(features, norm="l2", backend=fused)
@@ -200,7 +206,9 @@ def test_torch_func_grad_of_grad_raises_where_it_would_be_wrong(fused: str) -> N
     features = tuple(random_features(*[(2, 5)] * 3, requires_grad=False))
 
     def gradient_norm(f: tuple[Tensor, ...]) -> Tensor:
-        return sum(g.square().sum() for g in torch.func.grad(lambda x: ffr_loss(x, norm="l2", backend=fused))(f))
+        return sum(
+            g.square().sum() for g in torch.func.grad(lambda x: ffr_loss(x, norm="l2", backend=fused))(f)
+        )
 
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.func.grad(gradient_norm)(features)
@@ -224,7 +232,9 @@ def test_torch_func_functional_call(fused: str) -> None:
     module = Features()
     params = dict(module.named_parameters())
     grads = [
-        torch.func.grad(lambda p, b=b: ffr_loss(torch.func.functional_call(module, p, (x,)), backend=b))(params)
+        torch.func.grad(lambda p, b=b: ffr_loss(torch.func.functional_call(module, p, (x,)), backend=b))(
+            params
+        )
         for b in (fused, "reference")
     ]
     for name in params:
@@ -238,7 +248,7 @@ def test_vmap_gives_one_clear_error_and_works_with_the_reference(fused: str) -> 
         one = torch.func.grad(lambda f: ffr_loss(f, backend="reference"))(tuple(f[k] for f in features))
         for a, b in zip(per_sample, one, strict=True):
             assert torch.allclose(a[k], b)
-    with pytest.raises(RuntimeError, match="do not support torch.vmap.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"do not support torch.vmap.*backend='reference'"):
         torch.func.vmap(lambda f: ffr_loss(f, backend=fused))(features)
 
 

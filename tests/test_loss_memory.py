@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ffr_ext import ffr_loss
 
-# Small tensors beside the signs and the gradients: stats, weights, the loss, a row of partial sums for each unit of work.
+# Small tensors beside the signs and the gradients: stats, weights, the loss, a row of partial sums for each unit
+# of work.
 SMALL = 16 * 1024
 
 

@@ -16,7 +16,11 @@ CASES: list[Any] = [
     pytest.param(([],), {}, ValueError, "at least two features, got 0", id="no features"),
     pytest.param(([X],), {}, ValueError, "at least two features, got 1", id="one feature"),
     pytest.param(
-        ([X, torch.zeros(2, 4), X],), {}, ValueError, r"no two neighbours.*\(2, 4\).*transition='pool'", id="no stage"
+        ([X, torch.zeros(2, 4), X],),
+        {},
+        ValueError,
+        r"no two neighbours.*\(2, 4\).*transition='pool'",
+        id="no stage",
     ),
     pytest.param((X,), {}, TypeError, r"got one Tensor of shape \(2, 3\).*unbind", id="a tensor"),
     pytest.param(({"a": X, "b": X},), {}, TypeError, r"\.values\(\)", id="a dict"),
@@ -27,24 +31,41 @@ CASES: list[Any] = [
     pytest.param(([X.sum(), X.sum()],), {}, ValueError, r"features\[0\].*0-dim", id="rank 0"),
     pytest.param(([X.to_sparse(), X],), {}, TypeError, r"features\[0\].*sparse", id="sparse"),
     pytest.param(
-        ([X, X.to("meta")],), {}, ValueError, r"features\[0\] is on cpu and features\[1\] on meta", id="devices"
+        ([X, X.to("meta")],),
+        {},
+        ValueError,
+        r"features\[0\] is on cpu and features\[1\] on meta",
+        id="devices",
     ),
     pytest.param((PAIR,), {"norm": "L1"}, ValueError, "norm: expected one of 'l1'.*got 'L1'", id="norm"),
     pytest.param((PAIR,), {"curvature_kind": "x"}, ValueError, "curvature_kind.*'angle'.*got 'x'", id="kind"),
     pytest.param((PAIR,), {"reduction": "none"}, ValueError, "reduction.*'mean'.*got 'none'", id="reduction"),
-    pytest.param((PAIR,), {"transition": "skip"}, ValueError, "transition.*'pool'.*got 'skip'", id="transition"),
-    pytest.param((PAIR,), {"backend": "opencl"}, ValueError, "backend.*'reference'.*got 'opencl'", id="backend"),
-    pytest.param((PAIR,), {"backend": "cuda"}, ValueError, "backend='cuda'.*cpu", id="backend of another device"),
+    pytest.param(
+        (PAIR,), {"transition": "skip"}, ValueError, "transition.*'pool'.*got 'skip'", id="transition"
+    ),
+    pytest.param(
+        (PAIR,), {"backend": "opencl"}, ValueError, "backend.*'reference'.*got 'opencl'", id="backend"
+    ),
+    pytest.param(
+        (PAIR,), {"backend": "cuda"}, ValueError, "backend='cuda'.*cpu", id="backend of another device"
+    ),
 ]
 WEIGHTS: list[Any] = [
-    pytest.param({"gradient": [1.0, 2.0]}, ValueError, r"gradient: expected one weight per term \(1\), got 2", id="list"),
+    pytest.param(
+        {"gradient": [1.0, 2.0]},
+        ValueError,
+        r"gradient: expected one weight per term \(1\), got 2",
+        id="list",
+    ),
     pytest.param({"gradient": torch.ones(3)}, ValueError, r"gradient.*\(1\).*shape \(3,\)", id="tensor"),
     pytest.param({"curvature": torch.ones(1, 1)}, ValueError, r"curvature.*shape \(1, 1\)", id="matrix"),
     pytest.param({"gradient": "strong"}, TypeError, "gradient.*'strong'", id="string"),
     pytest.param({"gradient": True}, TypeError, "gradient.*True", id="bool"),
     pytest.param({"gradient": None}, TypeError, "gradient.*None", id="none"),
     pytest.param({"gradient": float("nan")}, ValueError, "gradient.*finite.*nan", id="nan"),
-    pytest.param({"curvature": [], "gradient": [float("inf")]}, ValueError, r"gradient\[0\].*finite.*inf", id="inf"),
+    pytest.param(
+        {"curvature": [], "gradient": [float("inf")]}, ValueError, r"gradient\[0\].*finite.*inf", id="inf"
+    ),
 ]
 
 

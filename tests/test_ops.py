@@ -19,7 +19,9 @@ LAYOUTS = {
 }
 
 
-def _arguments(lengths: list[int], dtype: torch.dtype, layout: str, squared: bool, per_sample: bool) -> dict[str, Any]:
+def _arguments(
+    lengths: list[int], dtype: torch.dtype, layout: str, squared: bool, per_sample: bool
+) -> dict[str, Any]:
     shapes = [(2, 3, 4, 5), (2, 6, 2, 2), (2, 1, 3, 3)]
     features = [
         LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(dtype))
@@ -75,7 +77,9 @@ def test_opcheck_of_the_loss_kernels(sample: Any) -> None:
     first = sum(a["lengths"][:last])
     length, numel, groups = a["lengths"][last], a["numels"][last], a["groups"][last]
     entries = ops.stats_entries(length, groups)
-    signs = a["signs"][a["signs"].numel() - ops.sign_bytes(length, numel) :] if not a["squared"] else a["signs"]
+    signs = (
+        a["signs"][a["signs"].numel() - ops.sign_bytes(length, numel) :] if not a["squared"] else a["signs"]
+    )
     for accumulate in (False, True):
         torch.library.opcheck(
             kernels.backward_at,
@@ -117,7 +121,9 @@ def test_backward_at_is_backward_one_feature_at_a_time() -> None:
 
 def test_packed_signs_are_nibbles_with_the_documented_codes() -> None:
     _native()
-    values = torch.tensor([[0.0, 1.0, -1.0, float("nan"), 2.0], [0.0, 2.0, -3.0, 0.0, 1.0], [0.0, 3.0, 0.0, 0.0, 1.0]])
+    values = torch.tensor(
+        [[0.0, 1.0, -1.0, float("nan"), 2.0], [0.0, 2.0, -3.0, 0.0, 1.0], [0.0, 3.0, 0.0, 0.0, 1.0]]
+    )
     features = list(values)
     stats, signs = torch.empty(3, dtype=torch.float64), torch.zeros(ops.sign_bytes(3, 5), dtype=torch.uint8)
     ops.flow_kernels("cpu").forward(features, [3], [1], False, stats, signs)

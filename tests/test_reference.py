@@ -45,7 +45,9 @@ def test_mean_of_a_difference_of_ones_is_one(norm: str, mean_of_ones: float, bac
 @pytest.mark.parametrize(("norm", "total"), [("l1", 30), ("l2_squared", 30), ("l2", 3 * math.sqrt(10))])
 def test_batchmean_divides_the_sum_by_the_batch(norm: str, total: float, backend: str) -> None:
     features = [torch.zeros(3, 5, 2), torch.ones(3, 5, 2)]
-    assert ffr_loss(features, norm=norm, reduction="sum", backend=backend).item() == pytest.approx(total, rel=1e-6)
+    assert ffr_loss(features, norm=norm, reduction="sum", backend=backend).item() == pytest.approx(
+        total, rel=1e-6
+    )
     assert ffr_loss(features, norm=norm, reduction="batchmean", backend=backend).item() == pytest.approx(
         total / 3, rel=1e-6
     )
@@ -122,6 +124,10 @@ def test_one_weight_per_term_in_depth_order(backend: str) -> None:
     expected = sum(w * t for w, t in zip(weights[0] + weights[1], lengths + bends, strict=True))
     for convert in (list, tuple, lambda w: torch.tensor(w, dtype=torch.float64)):
         loss = ffr_loss(
-            TRAJECTORY, gradient=convert(weights[0]), curvature=convert(weights[1]), reduction="sum", backend=backend
+            TRAJECTORY,
+            gradient=convert(weights[0]),
+            curvature=convert(weights[1]),
+            reduction="sum",
+            backend=backend,
         )
         assert loss.item() == pytest.approx(expected)
