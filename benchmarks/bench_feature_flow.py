@@ -174,12 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> list[tuple[Case, list[Result
         print(
             f"\n{DEPTH} x ({shape}) {case.dtype}, {case.norm}, {case.feature_bytes / 1e6:.1f} MB of features"
         )
-        print(
-            f"{'provider':20} {'step ms':>9} {'added ms':>9} {'added peak, % of features':>26} {'error':>9}"
-        )
+        print(f"{'provider':20} {'step ms':>9} {'added ms':>9} {'peak, % of features':>20} {'error':>8}")
         for r in results:
             print(
-                f"{r.provider:20} {r.step_ms:9.2f} {r.added_ms:9.2f} {r.added_peak_percent:26.1f} {r.error:9.1e}"
+                f"{r.provider:20} {r.step_ms:9.2f} {r.added_ms:9.2f} {r.added_peak_percent:20.1f} {r.error:8.1e}"
             )
     return everything
 

@@ -736,3 +736,56 @@ def test_grad_scaler_and_autocast(dtype: torch.dtype) -> None:
         assert scaler.get_scale() == 512.0
         results.append([p.detach().clone() for p in model.parameters()])
     assert_gradients_close(results[0], results[1], 0.02)
+
+
+# --- GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side_stream", [False, True], ids=["one stream", "every layer on another stream"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gradients_on_a_gpu(norm: str, side_stream: bool) -> None:
+    model, x = Chain(8).cuda(), torch.randn(64, 3, 64, 64, dtype=torch.float64, device="cuda")
+    _, truth = by_hand_on(model, x, norm)
+    if side_stream:
+        for layer in model.layers:
+            layer.change = on_another_stream
+    for _ in range(3):
+        with FeatureFlow(model, model.layers, norm=norm) as flow:
+            grads = gradients(model, model(x).sum() + flow.loss())
+        torch.cuda.synchronize()
+        assert_gradients_close(grads, truth, 1e-12)
+
+
+def by_hand_on(model: Chain, x: Tensor, norm: str) -> tuple[Tensor, list[Tensor | None]]:
+    features = model.features(x)
+    penalty = ffr_loss(features, norm=norm)
+    return penalty.detach(), gradients(model, features[-1].sum() + penalty)
+
+
+def on_another_stream(x: Tensor) -> Tensor:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = x * 1
+    torch.cuda.current_stream().wait_stream(stream)
+    y.record_stream(torch.cuda.current_stream())
+    return y
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_a_gpu() -> None:
+    peaks = []
+    for use_flow in (False, True):
+        model = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()) for _ in range(12))).cuda()
+        flow = FeatureFlow(model, list(model)) if use_flow else None
+        for _ in range(2):  # the second step: the first one's workspaces are there
+            if flow is not None:
+                flow.attach()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss = model(torch.randn(4, 8, 256, 256, device="cuda")).square().sum()
+            (loss if flow is None else loss + flow.loss()).backward()
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] <= 0.25 * 12 * 4 * 4 * 8 * 256 * 256
