@@ -1,4 +1,5 @@
-"""`CompactionPlan`: the way from a compact checkpoint back to a model, in another process, on every rank, or not at all."""
+"""`CompactionPlan`: the way from a compact checkpoint back to a model, in another process, on every rank, or
+not at all."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def test_another_process_gives_equal_bits(tmp_path: Path) -> None:
     result.plan.save(tmp_path / "plan.json")
     torch.save(result.model.state_dict(), tmp_path / "weights.pt")
     torch.save(x, tmp_path / "x.pt")
-    subprocess.run([sys.executable, "-c", PROCESS, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", PROCESS, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=300
+    )
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), result.model(x))
 
@@ -123,7 +126,9 @@ def with_cuts(plan: CompactionPlan, **changes: Any) -> CompactionPlan:
     return CompactionPlan(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, **changes})
 
 
-@pytest.mark.parametrize("case", ["wider", "other", "narrower-already", "indices", "dimension", "attribute", "ddp"])
+@pytest.mark.parametrize(
+    "case", ["wider", "other", "narrower-already", "indices", "dimension", "attribute", "ddp"]
+)
 def test_a_plan_that_does_not_fit_changes_nothing(case: str) -> None:
     from ffr_ext.pruning.cutting import Cut
 
@@ -156,7 +161,9 @@ def test_a_plan_that_does_not_fit_changes_nothing(case: str) -> None:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     outcome: dict[str, Any] = {}
     try:
         model = dead()
@@ -187,6 +194,7 @@ def rank_main(rank: int, folder: str) -> None:
             outcome["one rank fails"] = str(error)
     finally:
         Path(folder, f"{rank}.json").write_text(json.dumps(outcome))
+        torch.distributed.barrier()  # a rank that leaves early aborts the other
         torch.distributed.destroy_process_group()
 
 
