@@ -7,6 +7,7 @@ so it is made once, from the source distribution, and looked at from several sid
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -204,10 +205,20 @@ def test_the_resource_report_reads_ptxas() -> None:
 @linux
 @needs_compiler
 @pytest.mark.slow
-def test_no_compiler_gives_a_pure_wheel_that_says_so(tmp_path: Path) -> None:
-    """A PATH with nothing on it: cmake and ninja still come from beside this Python."""
-    done = must(pip_wheel(copy_tree(tmp_path / "source"), tmp_path, PATH=str(tmp_path), CXX=""))
-    sentence = "no C++ compiler found"
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        # a PATH with nothing on it; cmake and ninja still come from beside this Python
+        ({"PATH": "/nothing", "CXX": ""}, "no C++ compiler found"),
+        # an environment into which torch comes later: metadata and wheel must come out all the same
+        ({"FFR_EXT_TORCH_DIR": "/nothing"}, "no torch found (looked for /nothing)"),
+    ],
+    ids=["compiler", "torch"],
+)
+def test_a_missing_tool_gives_a_pure_wheel_that_says_so(
+    tmp_path: Path, environ: dict[str, str], sentence: str
+) -> None:
+    done = must(pip_wheel(copy_tree(tmp_path / "source"), tmp_path, **environ))
     wheel = Wheel(tmp_path)
     assert wheel.libraries == []
     assert wheel.tags == ["py3-none-any"]
@@ -341,6 +352,15 @@ def native_wheel(native_source: Path) -> Wheel:
     return Wheel(out)
 
 
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    folder = (
+        Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else Path()
+    )
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(folder))
+
+
 @linux
 @needs_compiler
 @pytest.mark.slow
@@ -389,3 +409,13 @@ class TestNativeWheel:
         info = use(tmp_path / "site")
         assert info["cuda"] is True
         assert info["cuda_archs"] == ["90+PTX"]
+        cuobjdump = find_cuobjdump()
+        if cuobjdump is not None:
+            library = str(tmp_path / "site" / wheel.libraries[0])
+            for option, code in (("--list-elf", r"\.sm_90\.cubin"), ("--list-ptx", r"\.sm_90\.ptx")):
+                found = must(
+                    subprocess.run([cuobjdump, option, library], capture_output=True, text=True)
+                ).stdout
+                assert len(re.findall(code, found)) == len(
+                    list((native_source / "csrc" / "cuda").glob("*.cu"))
+                )

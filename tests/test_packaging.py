@@ -80,8 +80,8 @@ def test_the_version_is_written_once() -> None:
 
 
 def test_only_the_registrations_include_torch() -> None:
-    """Kernels stay free of it: fast to compile, and nvcc never parses it. The module must not meet the pybind11
-    among torch's headers, which is an error under TORCH_TARGET_VERSION in torch 2.10.
+    """Kernels stay free of it: fast to compile, and nvcc never parses it. The module must not meet the
+    pybind11 among torch's headers, which is an error under TORCH_TARGET_VERSION in torch 2.10.
     """
     suffixes = {".h", ".inc", ".cpp", ".cu", ".cuh"}
     sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in suffixes]
