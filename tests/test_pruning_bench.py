@@ -1,0 +1,32 @@
+"""The compaction benchmark runs, on small stand-ins, and its providers agree where they should."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from benchmarks import bench_compaction  # noqa: E402
+from benchmarks.harness import QUICK, Options  # noqa: E402
+
+OPTIONS = Options(tiny=True, effort=dataclasses.replace(QUICK, memory=False))
+
+
+def test_kernels() -> None:
+    rows = bench_compaction.kernel_rows(OPTIONS)
+    assert {(r.mode, r.provider) for r in rows} >= {("gather", "index_select"), ("norms", "vector_norm")}
+    assert all(r.error is None or r.error < 1e-6 for r in rows)
+
+
+def test_whole() -> None:
+    rows = bench_compaction.whole_rows(dataclasses.replace(OPTIONS, only=["constants"]))
+    errors = {r.provider: r.error for r in rows}
+    assert errors["compact"] is not None
+    assert errors["compact"] < 1e-5
+    if (
+        "torch-pruning" in errors
+    ):  # it drops the constants: the comparison would be empty if it did not matter
+        assert errors["torch-pruning"] is not None
+        assert errors["torch-pruning"] > 1e-3
