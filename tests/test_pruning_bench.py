@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import bench_compaction  # noqa: E402
-from benchmarks.harness import QUICK, Options  # noqa: E402
+from benchmarks import bench_compaction
+from benchmarks.harness import QUICK, Options
 
 OPTIONS = Options(tiny=True, effort=dataclasses.replace(QUICK, memory=False))
 
