@@ -81,7 +81,9 @@ def test_a_new_bias_joins_the_group_of_its_weight() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3, bias=False))
     with torch.no_grad():
         model[0].weight[:2] = 0
-    optimizer = torch.optim.Adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}])
+    optimizer = torch.optim.Adam(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5}]
+    )
     one_step(optimizer, model, torch.randn(5, 4))
     with torch.no_grad():
         model[0].weight[:2] = 0

@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 
 from pruning_zoo import ZOO, image, kill, largest_difference, outputs, randomize, resnet
 
-# At most this share of the parameters is left with half of all filters dead: what half of the channels inside the
-# blocks and no more account for. Transformers keep attention and residual stream, and half of what is between.
+# At most this share of the parameters is left with half of all filters dead: what half of the channels inside
+# the blocks and no more account for. Transformers keep attention and residual stream, and half of what is
+# between.
 LEFT = {
     "resnet-basic": 0.65,
     "resnet-bottleneck": 0.60,
