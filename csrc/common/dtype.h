@@ -50,6 +50,11 @@ FFR_HD float float_of(uint32_t bits) {
 FFR_HD float to_compute(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
 FFR_HD float to_compute(Float16 value) {
+#if defined(__aarch64__) && !defined(__CUDA_ARCH__)
+  __fp16 half;  // has instructions of its own
+  memcpy(&half, &value, sizeof(half));
+  return static_cast<float>(half);
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   // Exponent and fraction moved into fp32's places; multiplying by 2^112 mends the exponent's bias and
@@ -57,6 +62,7 @@ FFR_HD float to_compute(Float16 value) {
   const float scaled = float_of(magnitude << 13) * 5.192296858534828e33f;
   const uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits_of(scaled);
   return float_of(bits | sign);
+#endif
 }
 
 FFR_HD float to_compute(float value) { return value; }
@@ -78,6 +84,12 @@ FFR_HD BFloat16 from_compute<BFloat16>(float value) {
 
 template <>
 FFR_HD Float16 from_compute<Float16>(float value) {
+#if defined(__aarch64__) && !defined(__CUDA_ARCH__)
+  const __fp16 half = static_cast<__fp16>(value);
+  Float16 result;
+  memcpy(&result, &half, sizeof(result));
+  return result;
+#else
   const uint32_t sign = (bits_of(value) >> 16) & 0x8000u;
   const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   // Subnormal results (below 2^-14): adding 0.5 leaves the rounded 10-bit fraction in the sum's lowest bits.
@@ -88,6 +100,7 @@ FFR_HD Float16 from_compute<Float16>(float value) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to inf
   half = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : half;
   return Float16{static_cast<uint16_t>(sign | half)};
+#endif
 }
 
 }  // namespace ffr

@@ -38,7 +38,7 @@ inline double add_element(double sum, double x) {
   if (kNorm == Norm::kL1) return sum + fabs(x);
   if (kNorm == Norm::kL2) return sum + x * x;
   const double magnitude = fabs(x);
-  return (magnitude > sum) | (magnitude != magnitude) ? magnitude : sum;
+  return ((magnitude > sum) | (magnitude != magnitude)) ? magnitude : sum;
 }
 
 template <Norm kNorm>
