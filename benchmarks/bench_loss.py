@@ -184,8 +184,17 @@ def run_case(
         return subject(run, inputs(copy), mode, truth)
 
     functions = {name: PROVIDERS[name](case) for name in providers}
+
+    def copy_to_new(copy: int) -> Subject:
+        sources = [f.detach() for f in inputs(copy)]
+        return Subject(lambda: [f.clone() for f in sources])
+
     rows = []
     for mode in modes:
+        # The gradients are new tensors, and on a CPU new memory costs more than the bytes written to it (a
+        # page fault for every 4 KB of a large tensor): the roof of a backward pass is a copy to new
+        # tensors.
+        new = mode != "forward"
         build = {name: partial(make, run, mode) for name, run in functions.items()}
         rows += measure(
             bench,
@@ -197,6 +206,8 @@ def run_case(
             input_bytes=case.feature_bytes,
             config=case.config(),
             effort=effort,
+            copy=copy_to_new if new else None,
+            copy_bytes=2 * case.feature_bytes,
         )
     return rows
 

@@ -3,8 +3,8 @@
 A benchmark builds one `Subject` per provider (eager, torch.compile, ours, ...) from the same inputs and
 hands them to `measure`. All of them are timed in one run, in turns, so that a machine that slows down slows
 all of them; the row of a provider says how long it took, what it allocated and how far its outputs are from
-the truth, so that these cannot drift apart. A copy that moves as many bytes as the formula says the
-computation must is timed among them: bandwidth is given in per cent of it.
+the truth, so that these cannot drift apart. A copy is timed among them: the bandwidth at which the bytes of
+the formula are moved is given in per cent of the copy's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Row:
     samples: int
     bytes: int  # that have to move, by the formula
     gbps: float  # bytes / ms
-    copy_percent: float | None  # of the bandwidth of a copy of as many bytes in the same run
+    copy_percent: float | None  # of the bandwidth of a copy in the same run
     peak_bytes: int | None  # most memory held at once above what was held before the run
     allocated_bytes: int | None  # sum of all allocations of a run
     error: float | None  # relative distance of the outputs from the float64 truth
@@ -125,22 +125,31 @@ def measure(
     config: Mapping[str, Any],
     effort: Effort | None = None,
     with_copy: bool = True,
+    copy: Callable[[int], Subject] | None = None,
+    copy_bytes: int = 0,
 ) -> list[Row]:
     """One row per provider. `build[provider](copy)` makes the subject on the inputs number `copy`.
 
     `moved_bytes`: what has to be read and written by the formula. `input_bytes`: what one set of inputs
-    takes; on a GPU as many sets take turns as are needed to find none of them in the cache.
+    takes; on a GPU as many sets take turns as are needed to find none of them in the cache. The copy that
+    bandwidth is compared with reads and writes `moved_bytes` in memory that is there; `copy` is another
+    one, of `copy_bytes`.
     """
     effort = effort or Effort()
     device = torch.device(device)
     copies = cold_copies(input_bytes, device)
     subjects = {name: [make(i) for i in range(copies)] for name, make in build.items()}
     if with_copy:
-        subjects[COPY] = [_copy_subject(moved_bytes, device) for _ in range(copies)]
+        copy_bytes = copy_bytes if copy else moved_bytes
+        make_copy = copy or (lambda _: _copy_subject(moved_bytes, device))
+        subjects[COPY] = [make_copy(i) for i in range(copies)]
     timings = time_in_turns(subjects, device, effort)
     rows = []
     for name, versions in subjects.items():
         timing, subject = timings[name], versions[0]
+        moved = copy_bytes if name == COPY else moved_bytes
+        gbps = moved / timing.median / 1e6 if timing.median else 0.0
+        roof = copy_bytes / timings[COPY].median / 1e6 if with_copy and timings[COPY].median else 0.0
         held = peak_memory(subject, device) if effort.memory and name != COPY else None
         rows.append(
             Row(
@@ -154,11 +163,9 @@ def measure(
                 ms_p80=timing.p80,
                 host_ms=timing.host,
                 samples=timing.samples,
-                bytes=moved_bytes,
-                gbps=moved_bytes / timing.median / 1e6 if timing.median else 0.0,
-                copy_percent=100 * timings[COPY].median / timing.median
-                if with_copy and timing.median
-                else None,
+                bytes=moved,
+                gbps=gbps,
+                copy_percent=100 * gbps / roof if roof else None,
                 peak_bytes=held.peak if held else None,
                 allocated_bytes=held.allocated if held else None,
                 error=subject.error() if subject.error else None,

@@ -24,7 +24,7 @@ COLOURS = {
     "none": "#000000",
     "copy": "#000000",
 }
-LABELS = {"compile": "torch.compile", "none": "no penalty", "copy": "copy of as many bytes"}
+LABELS = {"compile": "torch.compile", "none": "no penalty", "copy": "copy"}
 
 
 def draw_all(machines: dict[str, dict[str, tuple[Line, list[Line]]]], directory: Path) -> list[Path]:
