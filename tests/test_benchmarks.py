@@ -333,7 +333,8 @@ def test_committed_results_have_their_peers() -> None:
                     for other in rows
                     if (other["case"], other["mode"]) == (r["case"], "both")
                 ]
-                assert {"eager", "compile", "copy"} <= set(peers)
+                compiled = {"compile"} if r["features"] <= bench_loss.MOST_TO_COMPILE else set()
+                assert {"eager", "copy"} | compiled <= set(peers)
                 assert r["error"] < 1e-2
         assert json.dumps(rows)
 
