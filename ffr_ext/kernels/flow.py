@@ -245,7 +245,7 @@ def _backward_piece(
             **sizes,
         )
     for grad, target in zip(wanted, targets, strict=True):
-        if grad is not None and grad is not target:
+        if grad is not None and target is not None and grad is not target:
             grad.copy_(target)
 
 
