@@ -1,5 +1,4 @@
-"""The CUDA and Triton kernels on a GPU: results, streams, graphs, sizes past 32 bits, devices, repeatability.
-"""
+"""The CUDA and Triton kernels on a GPU: results, streams, graphs, sizes past 32 bits, devices, repeatability."""
 
 from __future__ import annotations
 
