@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call: build for it, GPU tests, selftest, benchmark. Logs and tables go to
-# $FFR_RESULTS_DIR (default: benchmarks/results/gpu), a short table comes last. Exits non-zero if any step failed.
+# Everything that needs an NVIDIA GPU, in one call: build for it, GPU tests, selftest, benchmark. The log and the tables
+# (four files) go to $FFR_RESULTS_DIR (default: benchmarks/results/gpu), a short table comes last. Exits non-zero if any
+# step failed.
 #
 #   benchmarks/gpu_check.sh [quick]      quick: no benchmark
 #
@@ -12,15 +13,19 @@ export FFR_RESULTS_DIR=${FFR_RESULTS_DIR:-$PWD/benchmarks/results/gpu}
 mkdir -p "$FFR_RESULTS_DIR"
 summary=$FFR_RESULTS_DIR/summary.txt
 : >"$summary"
+: >"$FFR_RESULTS_DIR/gpu_check.log"
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 failed=0
 
 step() {  # name, command ...
   local name=$1 began=$SECONDS status=ok
   shift
-  "$@" >"$FFR_RESULTS_DIR/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
-  printf '%-16s %-12s %4d s  %s\n' "$name" "$status" $((SECONDS - began)) "$(tail -n 1 "$FFR_RESULTS_DIR/$name.log" | cut -c1-90)" |
+  "$@" >"$logs/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
+  printf '%-16s %-12s %4d s  %s\n' "$name" "$status" $((SECONDS - began)) "$(tail -n 1 "$logs/$name.log" | cut -c1-90)" |
     tee -a "$summary"
-  [[ $status == ok ]] || tail -n 25 "$FFR_RESULTS_DIR/$name.log"
+  { echo "==== $name: $status"; cat "$logs/$name.log"; } >>"$FFR_RESULTS_DIR/gpu_check.log"
+  [[ $status == ok ]] || tail -n 25 "$logs/$name.log"
 }
 
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
@@ -44,7 +49,7 @@ if command -v compute-sanitizer >/dev/null && [[ ${1:-} != quick ]]; then step s
 if [[ ${1:-} != quick ]]; then step gpu_loss "$python" -m benchmarks.bench_gpu_loss; fi
 
 echo
-[[ ${1:-} == quick ]] || grep -E "of copy|backward|forward|x eager|MiB.*(cuda|triton|compile)" "$FFR_RESULTS_DIR/gpu_loss.log" | tail -n 70
+[[ ${1:-} == quick ]] || grep -E "of copy|backward|forward|x eager|MiB.*(cuda|triton|compile)" "$logs/gpu_loss.log" | tail -n 70
 echo
 cat "$summary"
 exit $failed
