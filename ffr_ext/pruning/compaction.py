@@ -1,14 +1,15 @@
 """`compact`: dead channels leave a model, and it computes the same function. START HERE for the pruning side.
 
 tracing -> analysis (rules_*: what each op does to channels and constants) -> liveness (which may leave) ->
-planning (the plan) -> cutting (the tensors) -> checking (against the source) -> report.
+planning (the plan) -> cutting (the tensors) -> checking (against the source) -> the same again, where the cut
+may have made more possible (composing) -> report.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from . import optimizer as optimizer_state
 from .analysis import Analysis
 from .branches import dead_branches
 from .checking import Check, Mismatch
+from .composing import compose, may_continue, removed_by
 from .distributed import check_same_on_all_ranks
 from .liveness import Options, Solver
 from .plan import CompactionPlan, check_plain_module, source_shapes
@@ -31,6 +33,9 @@ from .report import (
     measure_latency,
 )
 from .tracing import as_call, trace
+
+# Each round removes something, so they end anyway. Among 200 random graphs none needed more than two.
+MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,27 @@ class _Search:
         self.notes: list[str] = []
 
     def run(self, strict: bool) -> _Found:
+        """Rounds until one finds nothing more, as one plan: the result is as small as it gets."""
+        found = self._round(strict)
+        last = found
+        for _ in range(MAX_ROUNDS - 1):
+            if not may_continue(last.solver, last.removed):
+                break
+            try:
+                check = Check(found.candidate, self.args, self.kwargs)
+                last = _Search(found.candidate, self.args, self.kwargs, check, self.options)._round(strict)
+                if last.plan.is_empty:
+                    break
+                plan = compose(found.plan, last.plan)
+                candidate = self._cut(plan)
+                error = self.check.require_equal(candidate) if strict else self.check.error(candidate)
+            except (Mismatch, ValueError):
+                break  # no trace of the smaller model, or no single plan: what is found so far holds
+            removed = removed_by(found.solver, plan)
+            found = replace(found, candidate=candidate, plan=plan, error=error, removed=removed)
+        return found
+
+    def _round(self, strict: bool) -> _Found:
         replaced, analysis = self._replace_branches()
         solver = Solver(analysis, self.options)
         forbidden = torch.zeros(len(solver.sets), dtype=torch.bool)

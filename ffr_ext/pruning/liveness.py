@@ -46,6 +46,7 @@ class Solver:
         ]
         self.absorbing = _absorbing_reads(analysis)
         self.reasons: dict[int, str] = {}
+        self.gave_back = False  # the last `solve` kept dead channels for a size
         self._strength: Tensor | None = None
 
     def _families(self) -> Tensor:
@@ -63,6 +64,7 @@ class Solver:
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
         """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
         self.reasons = {}
+        self.gave_back = False
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -182,6 +184,7 @@ class Solver:
         strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
         removed[strongest] = False
         spare[strongest] = True
+        self.gave_back = True
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 
