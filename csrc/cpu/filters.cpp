@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "rows.h"
+
 namespace ffr {
 namespace {
 
@@ -29,38 +31,6 @@ void for_each_chunk(const std::vector<int64_t>& first, int64_t grain, ParallelFo
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum class Norm { kL1, kL2, kInf };
-
-// One element more in a sum of |x| or x^2 or in a maximum of |x|. A NaN compares false with everything, so
-// the maximum takes it in by the second test and keeps it by failing the first.
-template <Norm kNorm>
-inline double add_element(double sum, double x) {
-  if (kNorm == Norm::kL1) return sum + fabs(x);
-  if (kNorm == Norm::kL2) return sum + x * x;
-  const double magnitude = fabs(x);
-  return ((magnitude > sum) | (magnitude != magnitude)) ? magnitude : sum;
-}
-
-template <Norm kNorm>
-inline double add_sums(double a, double b) {
-  return kNorm == Norm::kInf ? add_element<kNorm>(a, b) : a + b;
-}
-
-// Elements that lie side by side: eight lanes, as one chain of additions would wait four cycles for each.
-template <Norm kNorm, typename T>
-double reduce_run(const T* x, int64_t count) {
-  constexpr int kLanes = 8;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane)
-      lanes[lane] = add_element<kNorm>(lanes[lane], to_compute(x[i + lane]));
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] = add_element<kNorm>(lanes[lane], to_compute(x[i]));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] = add_sums<kNorm>(lanes[lane], lanes[lane + width]);
-  return lanes[0];
-}
-
 // Filters whose elements lie in many short runs (dim 1, or channels_last): a column of sums for each place in
 // a run is kept, and the runs of neighbouring filters are added to the columns as one long run.
 constexpr int64_t kColumns = 1024;  // 8 KiB of sums: a quarter of the L1 cache
@@ -75,41 +45,37 @@ int64_t filters_per_chunk(const DimSplit& split) {
   return std::clamp(wanted, ceil_div(128, inner), kColumns / inner);
 }
 
-template <Norm kNorm, typename T>
-void norms_of_chunk(const T* x, const DimSplit& split, int64_t begin, int64_t end, double* norms) {
-  std::fill(norms + begin, norms + end, 0.0);
-  if (by_columns(split)) {
-    double columns[kColumns] = {};
-    const int64_t count = (end - begin) * split.inner;
-    for (int64_t outer = 0; outer < split.outer; ++outer) {
-      const T* run = x + (outer * split.dim + begin) * split.inner;
-      for (int64_t i = 0; i < count; ++i) columns[i] = add_element<kNorm>(columns[i], to_compute(run[i]));
-    }
-    for (int64_t i = 0; i < count; ++i)
-      norms[begin + i / split.inner] = add_sums<kNorm>(norms[begin + i / split.inner], columns[i]);
-  } else {
-    for (int64_t outer = 0; outer < split.outer; ++outer)
-      for (int64_t filter = begin; filter < end; ++filter)
-        norms[filter] = add_sums<kNorm>(
-            norms[filter], reduce_run<kNorm>(x + (outer * split.dim + filter) * split.inner, split.inner));
-  }
-  if (kNorm == Norm::kL2)
-    for (int64_t filter = begin; filter < end; ++filter) norms[filter] = sqrt(norms[filter]);
+// A NaN gets into the maximum by the second test, and stays since nothing is greater than it.
+double combine(Norm norm, double a, double b) {
+  if (norm != Norm::kInf) return a + b;
+  return (b > a || b != b) ? b : a;
 }
 
-template <Norm kNorm>
-void norms_of_chunk(const NormTensor& tensor, int64_t begin, int64_t end, double* norms) {
-  switch (tensor.dtype) {
-    case DType::kFloat16:
-      return norms_of_chunk<kNorm>(static_cast<const Float16*>(tensor.data), tensor.split, begin, end, norms);
-    case DType::kBFloat16:
-      return norms_of_chunk<kNorm>(static_cast<const BFloat16*>(tensor.data), tensor.split, begin, end,
-                                   norms);
-    case DType::kFloat32:
-      return norms_of_chunk<kNorm>(static_cast<const float*>(tensor.data), tensor.split, begin, end, norms);
-    case DType::kFloat64:
-      return norms_of_chunk<kNorm>(static_cast<const double*>(tensor.data), tensor.split, begin, end, norms);
+void norms_of_chunk(const NormTensor& tensor, Norm norm, int64_t begin, int64_t end, double* norms) {
+  const DimSplit& split = tensor.split;
+  const int type = static_cast<int>(tensor.dtype);
+  const auto at = [&](int64_t outer, int64_t filter) {
+    const int64_t element = (outer * split.dim + filter) * split.inner;
+    return static_cast<const char*>(tensor.data) + element * element_size(tensor.dtype);
+  };
+  std::fill(norms + begin, norms + end, 0.0);
+  if (by_columns(split)) {
+    const AddNormColumns add = row_kernels().add_norm_columns[type][static_cast<int>(norm)];
+    double columns[kColumns] = {};
+    const int64_t count = (end - begin) * split.inner;
+    for (int64_t outer = 0; outer < split.outer; ++outer) add(at(outer, begin), count, columns);
+    for (int64_t i = 0; i < count; ++i) {
+      double& sum = norms[begin + i / split.inner];
+      sum = combine(norm, sum, columns[i]);
+    }
+  } else {
+    const NormOfRun norm_of_run = row_kernels().norm_of_run[type][static_cast<int>(norm)];
+    for (int64_t outer = 0; outer < split.outer; ++outer)
+      for (int64_t filter = begin; filter < end; ++filter)
+        norms[filter] = combine(norm, norms[filter], norm_of_run(at(outer, filter), split.inner));
   }
+  if (norm == Norm::kL2)
+    for (int64_t filter = begin; filter < end; ++filter) norms[filter] = sqrt(norms[filter]);
 }
 
 // Copies `rows` slices of a fixed small size by index; the compiler turns each copy into one load and one
@@ -172,6 +138,7 @@ bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, in
 
 void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
                   ParallelFor parallel_for) {
+  const Norm norm = p == 1.0 ? Norm::kL1 : p == 2.0 ? Norm::kL2 : Norm::kInf;
   std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);
   std::vector<double*> outputs(static_cast<size_t>(num_tensors));
   int64_t elements = 0;
@@ -189,12 +156,7 @@ void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, doub
     double* output = outputs[static_cast<size_t>(number)];
     const int64_t size = filters_per_chunk(tensor.split), begin = chunk * size;
     const int64_t end = std::min(begin + size, tensor.split.dim);
-    if (p == 1.0)
-      norms_of_chunk<Norm::kL1>(tensor, begin, end, output);
-    else if (p == 2.0)
-      norms_of_chunk<Norm::kL2>(tensor, begin, end, output);
-    else
-      norms_of_chunk<Norm::kInf>(tensor, begin, end, output);
+    norms_of_chunk(tensor, norm, begin, end, output);
   });
 }
 

@@ -1,6 +1,13 @@
-// Row kernels: the innermost loops of the flow loss, over one tile (kRowBytes of one feature) each. Compiled
-// once per instruction set (rows_default.cpp, rows_avx2.cpp, rows_avx512.cpp) from the one text in
-// rows_impl.h; every instruction set gives bit-identical results, because the order of additions is fixed.
+// Row kernels: the innermost loops, over one tile of one feature or over one run of a filter. Compiled once
+// for each instruction set: rows_default.cpp, rows_avx2.cpp and rows_avx512.cpp include the same text, in
+// five parts,
+//   block.inc           a block of elements in vector registers
+//   block_portable.inc  packing, unpacking and conversion that the AVX files replace in part by their own
+//   norms_impl.inc      norms of filters
+//   rows_impl.inc       forward and backward pass
+//   rows_table.inc      the table of these
+// inside an unnamed namespace, under the file's target attributes. Every instruction set gives bit-identical
+// results, because the order of additions is fixed and no multiply-add is contracted.
 #pragma once
 
 #include <stdint.h>
@@ -35,6 +42,15 @@ using BackwardSignsRow = void (*)(const uint8_t* plane_prev2, const uint8_t* pla
 using BackwardSquaredRow = void (*)(const void* const x[5], const GradientCoef& coef, int64_t count,
                                     void* grad, const void* ahead);
 
+enum class Norm { kL1 = 0, kL2 = 1, kInf = 2 };
+constexpr int kNumNorms = 3;
+
+// sum |x|, sum x^2 or max |x| of `count` elements side by side, in fp64; NaN gives NaN.
+using NormOfRun = double (*)(const void* x, int64_t count);
+
+// The same element by element: columns[i] takes x[i] in. There is room for a multiple of 32 columns.
+using AddNormColumns = void (*)(const void* x, int64_t count, double* columns);
+
 // Indexed by DType; the second index of the backward kernels is 1 for "add to what is there".
 struct RowKernels {
   ForwardRow forward_abs[kNumDTypes];
@@ -42,6 +58,8 @@ struct RowKernels {
   ForwardRow forward_squared[kNumDTypes];
   BackwardSignsRow backward_signs[kNumDTypes][2];
   BackwardSquaredRow backward_squared[kNumDTypes][2];
+  NormOfRun norm_of_run[kNumDTypes][kNumNorms];
+  AddNormColumns add_norm_columns[kNumDTypes][kNumNorms];
 };
 
 const RowKernels& default_rows();

@@ -67,7 +67,9 @@ struct SignLookup<float> {
   }
 };
 
+#include "norms_impl.inc"
 #include "rows_impl.inc"
+#include "rows_table.inc"
 
 }  // namespace
 
