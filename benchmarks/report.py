@@ -210,7 +210,7 @@ def full_report(runs: Sequence[Run], plots: Sequence[str] = ()) -> str:
             parts += [told + ".", "", *all_rows(rows), ""]
             if bench == "scaling":
                 parts += [*law_lines(rows), ""]
-        parts += [f"![{name}]({name})" for name in plots if machine in name] + [""]
+        parts += [f"![{name}]({name})" for name in sorted(plots) if machine in name] + [""]
     return "\n".join(parts).rstrip() + "\n"
 
 

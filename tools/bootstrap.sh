@@ -50,6 +50,11 @@ command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/d
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include") + "/Python.h")')
 [ -f "$header" ] || apt_get "no $header" python3-dev
 
+# Tests that count a kernel's instructions are skipped without valgrind, so this is no reason to stop.
+case " $* " in *" test "*)
+  command -v valgrind >/dev/null || (apt_get "no valgrind found" valgrind) || say "going on without valgrind" ;;
+esac
+
 # Nothing to do if the same files were installed by the same command before.
 stamp=.venv/.ffr_ext.$(IFS=_; echo "$*")
 state=$(cat requirements/*.txt pyproject.toml tools/bootstrap.sh; echo "${TORCH:-} $("$python" --version)")
