@@ -78,7 +78,7 @@ def _save(ctx: Any, spec: FlowSpec, features: tuple[Tensor, ...], signs: Tensor)
 def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass, one entry per feature, from d loss / d stats."""
     if torch.is_grad_enabled():
-        if not _transforms_active():
+        if not transforms_active():
             raise RuntimeError(DOUBLE_BACKWARD)
         # torch.func.grad always records its backward pass; only differentiating that record is refused.
         grads = _RefusedTwice.apply(ctx.spec, ctx.layouts, wanted, coef, *ctx.saved_tensors)
@@ -107,44 +107,6 @@ class FlowStats(torch.autograd.Function):
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
         return (None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[1:]), grad_stats))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> None:
-        raise RuntimeError(VMAP)
-
-
-class WeightedFlow(torch.autograd.Function):
-    """`apply(spec, weights, dtype, *features) -> (loss, stats, signs)` with `loss = (weights * stats).sum()`.
-
-    What `FlowStats` and three small nodes after it compute, as one node: for a few tiny features those cost as
-    much as everything else. `weights` is a constant.
-    """
-
-    @staticmethod
-    def forward(
-        spec: FlowSpec, weights: Tensor, dtype: torch.dtype, *features: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        stats, signs = _sums(spec, features)
-        return (weights * stats).sum().to(dtype), stats, signs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        spec, weights, _dtype, *features = inputs
-        _loss, stats, signs = output
-        ctx.mark_non_differentiable(stats, signs)
-        ctx.weights = weights  # shared by all calls of this kind: no memory of its own
-        _save(ctx, spec, tuple(features), signs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _stats: None, _signs: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * len(ctx.needs_input_grad)
-        return (
-            None,
-            None,
-            None,
-            *_feature_gradients(ctx, tuple(ctx.needs_input_grad[3:]), ctx.weights * grad_loss),
-        )
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -231,12 +193,12 @@ def _with_strides(grad: Tensor, layout: Layout) -> Tensor:
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)` without the argument binding that torch does for torch.func at every call (18 us)."""
-    if torch.compiler.is_compiling() or _transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
     """Whether a torch.func transform is running. No public question exists; without the private one assume none."""
     ask = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(ask is not None and ask())

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference
-from .autograd import FlowSpec, FlowStats, WeightedFlow, apply
-from .stages import Plan, Stage, cached_plan, make_plan, stage_features
+from . import backends, checks, reference, weighted
+from .autograd import FlowSpec, FlowStats, apply, transforms_active
+from .stages import Plan, Stage, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
 
@@ -58,7 +58,7 @@ def flow_terms(
     """
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
-    plan = _plan(listed, transition)
+    plan, _ = _prepare(listed, transition)
     chosen = _backend(backend, listed)
     if chosen == "reference":
         return FlowTerms(
@@ -152,7 +152,7 @@ def penalty(
     """
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
-    plan = _plan(listed, transition)
+    plan, recipe = _prepare(listed, transition)
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
@@ -169,13 +169,12 @@ def penalty(
         # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
         scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
         squared, per_sample = norm != "l1", norm == "l2"
-        if make_stats is None and not per_sample:
-            spec, walked = _walk(listed, plan.stages, squared, per_sample, chosen)
-            loss, sums, _signs = apply(WeightedFlow, spec, scale, dtype, *walked)
+        if make_stats is None and recipe is not None and not per_sample and not transforms_active():
+            loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
         else:
             stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
             entries = reference.safe_sqrt(stats) if per_sample else stats
-            loss, sums = (entries * scale).sum().to(dtype), stats.detach()
+            loss, sums = (entries * scale.tensor).sum().to(dtype), stats.detach()
 
         def terms_of_sums() -> FlowTerms:
             rows = _split(sums, plan.stages, per_sample)
@@ -202,11 +201,10 @@ def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
     return (weight * terms).sum()
 
 
-def _plan(features: list[Tensor], transition: str) -> Plan:
-    shapes = tuple(tuple(f.shape) for f in features)
+def _prepare(features: list[Tensor], transition: str) -> tuple[Plan, weighted.Recipe | None]:
     if not features or _cacheable(features):
-        return cached_plan(shapes, transition)
-    return make_plan(shapes, transition)  # sizes may be symbolic
+        return weighted.prepare(weighted.signature(features), transition)
+    return make_plan([tuple(f.shape) for f in features], transition), None  # sizes may be symbolic
 
 
 def _cacheable(features: list[Tensor]) -> bool:
@@ -228,7 +226,7 @@ def _warn_if_without_effect(
     """A penalty that is silently zero would train nothing: say so when all the weight lies on terms that do
     not exist.
     """
-    if torch.compiler.is_compiling() or plan.curvature_terms:
+    if plan.curvature_terms or torch.compiler.is_compiling():
         return
     if isinstance(gradient, float) and isinstance(curvature, float) and gradient == 0.0 != curvature:
         warnings.warn(
@@ -365,7 +363,7 @@ def _entry_weights(
     norm: str,
     reduction: str,
     device: torch.device,
-) -> Tensor:
+) -> weighted.EntryWeights:
     """d loss / d entry for every entry of stats."""
     with (
         torch.inference_mode(False),
@@ -375,10 +373,12 @@ def _entry_weights(
             # On the device already: weights that change at every step (a schedule) copy nothing from the host.
             unit_gradient = _unit_weights(plan, (1.0,) * plan.gradient_terms, (), norm, reduction, device)
             unit_curvature = _unit_weights(plan, (), (1.0,) * plan.curvature_terms, norm, reduction, device)
-            return unit_gradient * gradient + unit_curvature * curvature
+            return weighted.EntryWeights.of(unit_gradient * gradient + unit_curvature * curvature)
         on_gradient = gradient if isinstance(gradient, tuple) else (gradient,) * plan.gradient_terms
         on_curvature = curvature if isinstance(curvature, tuple) else (curvature,) * plan.curvature_terms
-        return _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
+        return weighted.EntryWeights.of(
+            _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
+        )
 
 
 @lru_cache(maxsize=256)

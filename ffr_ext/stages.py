@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ class Stage:
         return (numel * batch) ** 0.5 if norm == "l2" else numel  # B sqrt(N / B) = sqrt(N B)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key by identity: hashing all stages took 3 us of every call
 class Plan:
     """The stages that have a term, in depth order."""
 
@@ -101,9 +100,6 @@ def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
     plan = Plan(tuple(s for s in stages if s.length > 1))
     checks.check_has_terms(shapes, plan.gradient_terms)
     return plan
-
-
-cached_plan = lru_cache(maxsize=256)(make_plan)
 
 
 def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, traced
-from .autograd import DOUBLE_BACKWARD, _transforms_active, _with_strides
+from .autograd import DOUBLE_BACKWARD, _with_strides, transforms_active
 from .pending import MIN_BYTES, Counts, PendingGradient, as_dense, counts_when_owned
 from .stages import Layout, Stage, align, kernel_layouts, stage_features
 
@@ -43,7 +43,7 @@ def can_tap(feature: Tensor) -> bool:
         and torch.is_grad_enabled()
         and feature.requires_grad
         and type(feature) in (Tensor, torch.nn.Parameter)
-        and not _transforms_active()
+        and not transforms_active()
     )
 
 

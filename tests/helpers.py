@@ -30,6 +30,7 @@ def reference_in(
 ) -> LossAndGrads:
     """The reference with features and all arithmetic in `dtype`, eagerly."""
     options.pop("backend", None)
+    options = {k: torch.tensor(v, dtype=dtype) if isinstance(v, list) else v for k, v in options.items()}
     leaves = [f.detach().to(dtype).requires_grad_(f.requires_grad) for f in features]
     loss = reference.ffr_loss(leaves, **options)
     if loss.requires_grad:

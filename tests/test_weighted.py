@@ -1,0 +1,93 @@
+"""The usual loss as one node: what is kept from call to call must never answer for other features."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_no_worse_than_torch, random_features, reference_in
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ffr_ext import ffr_loss, weighted
+
+SHAPE = (2, 4, 3, 5)
+VARIANTS = {  # of one shape; a call on one must not use what was worked out for another
+    "fp32": lambda x: x.detach(),
+    "bf16": lambda x: x.detach().bfloat16(),
+    "fp64": lambda x: x.detach().double(),
+    "channels_last": lambda x: x.detach().to(memory_format=torch.channels_last),
+    "every second": lambda x: x.detach().repeat_interleave(2, dim=-1)[..., ::2],
+    "transposed": lambda x: x.detach().transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(VARIANTS, 2)), ids=" then ".join)
+def test_features_of_one_shape_that_differ_otherwise(order: tuple[str, str], fused: str) -> None:
+    plain = random_features(*[SHAPE] * 3)
+    for name in (*order, order[0]):
+        features = [VARIANTS[name](x).requires_grad_() for x in plain]
+        assert_no_worse_than_torch(features, backend=fused)
+        grads = torch.autograd.grad(ffr_loss(features, backend=fused), features)
+        for feature, grad in zip(features, grads, strict=True):
+            assert (grad.dtype, grad.shape) == (feature.dtype, feature.shape)
+
+
+def test_weights_and_options_change_between_calls_on_the_same_features(fused: str) -> None:
+    features = random_features(*[SHAPE] * 4)
+    for gradient, curvature, norm, reduction in itertools.product(
+        [0.0, 2.5, [1.0, 0.0, -3.0]], [1.0, [0.5, 2.0]], ["l1", "l2_squared"], ["mean", "sum"]
+    ):
+        assert_no_worse_than_torch(
+            features, gradient=gradient, curvature=curvature, norm=norm, reduction=reduction, backend=fused
+        )
+
+
+def test_wanting_other_gradients_than_the_call_before(fused: str) -> None:
+    plain = random_features(*[SHAPE] * 3)
+    for wanted in itertools.product([True, False], repeat=3):
+        features = [x.detach().requires_grad_(want) for x, want in zip(plain, wanted, strict=True)]
+        assert_no_worse_than_torch(features, backend=fused)
+    with torch.no_grad():
+        assert not ffr_loss(plain, backend=fused).requires_grad
+
+
+@pytest.mark.parametrize("upstream", [1.0, -0.5, 0.0, 1e-30])
+def test_upstream_gradients(upstream: float, fused: str) -> None:
+    assert_no_worse_than_torch(random_features(*[SHAPE] * 3), upstream, backend=fused)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_is_the_reference_s(value: float, fused: str) -> None:
+    features = [x.detach() for x in random_features(*[SHAPE] * 3)]
+    features[1][0, 0, 0, 0] = value
+    for gradient in (1.0, -1.0):  # inf - inf between the terms
+        ours = ffr_loss(features, gradient=gradient, backend=fused)
+        torch.testing.assert_close(
+            ours, reference_in(torch.float32, features, gradient=gradient).loss, equal_nan=True
+        )
+
+
+def test_forgotten_recipes_are_worked_out_again(fused: str) -> None:
+    kept = weighted.prepare.cache_info().maxsize
+    assert kept is not None
+    first = random_features(*[(1, 7)] * 2)
+    expected = ffr_loss(first, backend=fused)
+    for size in range(8, 8 + kept + 1):
+        ffr_loss([torch.zeros(1, size)] * 2, backend=fused)
+    assert weighted.prepare.cache_info().currsize == kept
+    assert torch.equal(ffr_loss(first, backend=fused), expected)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    st.permutations([0, 1, 2, 3]),
+    st.lists(st.integers(1, 2), min_size=4, max_size=4),
+)
+def test_contiguous_means_what_torch_means(shape: list[int], order: list[int], steps: list[int]) -> None:
+    dims = [d for d in order if d < len(shape)]
+    padded: Tensor = torch.empty([size * step for size, step in zip(shape, steps, strict=False)])
+    x = padded[tuple(slice(None, None, step) for step in steps[: len(shape)])].permute(dims)
+    assert weighted._contiguous(x.shape, x.stride()) == x.is_contiguous()
