@@ -418,6 +418,18 @@ def test_info_names_versions_and_every_backend_with_a_reason(info: subprocess.Co
         )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break differently there")
+def test_a_reader_that_has_read_enough_ends_the_program_quietly() -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-m", "ffr_ext", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait(timeout=120) == 1
+
+
 def test_info_as_json() -> None:
     from ffr_ext import config
 

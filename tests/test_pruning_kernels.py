@@ -112,6 +112,7 @@ def test_gather_of_any_shapes(backend: str, data: st.DataObject) -> None:
 
 
 W = torch.zeros(4, 3)
+SHARED = torch.tensor([0, 3])  # fits W only
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,8 @@ W = torch.zeros(4, 3)
     [
         ([W], [torch.tensor([0, 4])], 0, IndexError, r"keep\[0\]: expected indices in \[0, 4\), got 4"),
         ([W], [torch.tensor([-1])], 0, IndexError, "got -1"),
+        ([W, W], [torch.tensor([0]), torch.tensor([-1])], 0, IndexError, r"keep\[1\].*got -1"),
+        ([W, W[:2]], [SHARED, SHARED], 0, IndexError, r"keep\[1\]: expected indices in \[0, 2\), got 3"),
         (
             [W, W],
             [torch.tensor([0]), torch.tensor([1, 1])],

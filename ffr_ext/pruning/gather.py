@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from .. import backends, ops
-from .layout import as_contiguous, empty_in_order, stride_order, tensor_list
+from .layout import as_contiguous, empty_in_order, permuted, tensor_list
 from .norms import dims_of
 
 
@@ -75,29 +76,51 @@ def _gather(
     dense, orders = zip(*(as_contiguous(t) for t in sources), strict=True)
     # The result was allocated in the order of its tensor, so the same permutation makes it contiguous, as a
     # view.
-    outs = [r.permute(stride_order(t)) for r, t in zip(results, sources, strict=True)]
+    outs = [permuted(r, order) for r, order in zip(results, orders, strict=True)]
     ops.filter_kernels(backend).compact(
         list(dense), keep, [order.index(d) for order, d in zip(orders, dims, strict=True)], outs
     )
 
 
 def _check_indices(indices: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    bounds: dict[int, tuple[int, int]] = {}  # id of an index tensor -> its smallest and largest index
+    """All index tensors of a device in a few operators and one look at the result: a network has hundreds, and on a
+    GPU every look waits. Which one is wrong, and how, is looked up only when one is.
+    """
+    for i, index in enumerate(indices):
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
+    # By device, and once for every (id of an index tensor, size): its first place in the list.
+    by_device: dict[torch.device, dict[tuple[int, int], int]] = {}
     for i, (index, size) in enumerate(zip(indices, sizes, strict=True)):
-        if id(index) not in bounds:
-            bounds[id(index)] = _check_index(i, index)
-        low, high = bounds[id(index)]
-        if low < 0 or high >= size:
-            raise IndexError(f"keep[{i}]: expected indices in [0, {size}), got {low if low < 0 else high}")
+        by_device.setdefault(index.device, {}).setdefault((id(index), size), i)
+    for places in by_device.values():
+        members = list(places.values())
+        if not _in_range_and_unique([indices[i] for i in members], [sizes[i] for i in members]):
+            for i in members:
+                _raise_if_wrong(i, indices[i], sizes[i])
 
 
-def _check_index(i: int, index: Tensor) -> tuple[int, int]:
-    if index.dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
+def _in_range_and_unique(indices: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    device = indices[0].device
+    counts = torch.tensor([index.numel() for index in indices], device=device)
+    size, first = torch.tensor([sizes, [0, *accumulate(sizes)][:-1]], device=device)
+    flat = torch.cat(list(indices))
+    each = {"output_size": flat.numel()}
+    inside = (flat >= 0) & (flat < size.repeat_interleave(counts, **each))
+    # A place for every index of every tensor; one past the last for indices that are out of range.
+    places = torch.where(inside, flat + first.repeat_interleave(counts, **each), sum(sizes))
+    taken = torch.zeros(sum(sizes) + 1, dtype=torch.bool, device=device)
+    taken[places] = True
+    return bool(inside.all() & (taken.sum() == flat.numel()))
+
+
+def _raise_if_wrong(i: int, index: Tensor, size: int) -> None:
     if index.numel() == 0:
-        return 0, -1
+        return
     ordered = index.sort().values
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if repeated.numel():
         raise ValueError(f"keep[{i}]: expected unique indices, got {int(repeated[0])} more than once")
-    return int(ordered[0]), int(ordered[-1])
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or high >= size:
+        raise IndexError(f"keep[{i}]: expected indices in [0, {size}), got {low if low < 0 else high}")

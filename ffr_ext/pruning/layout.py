@@ -29,15 +29,21 @@ def stride_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda d: -strides[d])
 
 
+def permuted(tensor: Tensor, order: list[int]) -> Tensor:
+    """`tensor.permute(order)`, or the tensor itself where that is the same: the usual case, in loops over all
+    weights of a network."""
+    return tensor if order == list(range(len(order))) else tensor.permute(order)
+
+
 def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its
     dimensions."""
     order = stride_order(tensor)
-    return tensor.detach().permute(order).contiguous(), order
+    return permuted(tensor.detach(), order).contiguous(), order
 
 
 def empty_in_order(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised tensor of `shape` whose dimensions lie in memory in the order of `tensor`'s."""
     order = stride_order(tensor)
     storage = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
-    return storage.permute([order.index(d) for d in range(len(order))])
+    return permuted(storage, [order.index(d) for d in range(len(order))])
