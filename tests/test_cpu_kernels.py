@@ -272,6 +272,23 @@ def test_gradients_at_the_ends_of_the_range_round_as_torch_rounds(value: float, 
     torch.testing.assert_close(grads[0], -expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("payload", [1, 0x7FFFFFFFFFFFF, 0xFFFFFFFFFFFFF])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_every_nan_among_the_coefficients_stays_one(dtype: torch.dtype, payload: int) -> None:
+    """Rounded as a number, a NaN with its low bits set would become infinity or zero."""
+    coef = torch.tensor([0x7FF0000000000000 | payload]).view(F64)
+    assert coef.isnan().all()
+    features = [torch.randn(40).to(dtype) for _ in range(2)]
+    signs = torch.full((plane_bytes(40),), 0x21, dtype=torch.uint8)
+    for squared in (False, True):
+        grads = [torch.zeros(40, dtype=dtype) for _ in range(2)]
+        given, saved = (features, signs[:0]) if squared else ([], signs)
+        kernels.flow_backward(given, saved, coef, [2], [40], [1], squared, grads)
+        assert all(grad.isnan().all() for grad in grads)
+        kernels.flow_backward_at(given, saved, coef, 2, 40, 1, squared, 1, grads[1].zero_(), True)
+        assert grads[1].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_equal_coefficients_cancel_exactly_where_the_flow_goes_straight_on(dtype: torch.dtype) -> None:
     """d > 0 and c > 0 everywhere: a - a and e - 2 e + e, for coefficients whose sums would not be exact."""

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "rows.h"
@@ -31,15 +32,13 @@ struct Range {
 
 // The chunks of one stage: `per_group` for each group, one after another.
 struct Chunks {
-  int64_t first;  // number of the stage's first chunk among all stages'
   int64_t per_group;
   int64_t group_size;
   int64_t size;  // positions per chunk, whole tiles
   int64_t tile;  // positions per tile
 
   // walked: how many features' elements a position stands for.
-  Chunks(DType dtype, const StageShape& shape, int64_t walked, int64_t tile_bytes, int64_t first)
-      : first(first) {
+  Chunks(DType dtype, const StageShape& shape, int64_t walked, int64_t tile_bytes) {
     group_size = shape.numel / shape.groups;
     tile = tile_bytes / element_size(dtype);
     size = std::max<int64_t>(kChunkElements / (tile * std::max<int64_t>(walked, 1)), 1) * tile;
@@ -57,6 +56,7 @@ struct Job {
   StageView stage;
   int64_t walked;
   Chunks chunks;
+  int64_t first_work = 0;   // elements walked before this job's first chunk, as `work` counts them
   double* stats = nullptr;  // forward: null when only signs are wanted from this job
   uint8_t* signs = nullptr;
   double* partial = nullptr;  // forward: a row of rows() sums per chunk, where a group has several chunks
@@ -65,26 +65,28 @@ struct Job {
 
   int64_t num_chunks() const { return chunks.per_group * stage.shape.groups; }
   int64_t rows() const { return num_first(stage.shape) + num_second(stage.shape); }
+  // Elements that a chunk walks; the last of a group may have less to do.
+  int64_t chunk_work() const {
+    return std::max<int64_t>(std::min(chunks.size, chunks.group_size) * walked, 1);
+  }
+  int64_t end_of_work() const { return first_work + num_chunks() * chunk_work(); }
 };
 
-// Runs body(job, group, chunk) for all chunks of all jobs in one parallel loop.
+// Runs body(job, group, chunk) for all chunks of all jobs in one parallel loop. Threads share out the
+// elements, not the chunks, which are of different sizes where stages are; a chunk is its first element's
+// thread's.
 template <typename F>
 void for_each_chunk(const std::vector<Job>& jobs, ParallelFor parallel_for, const F& body) {
-  int64_t count = 0, elements = 0;
-  for (const Job& job : jobs) {
-    count += job.num_chunks();
-    elements += job.walked * job.stage.shape.numel;
-  }
-  // Small groups make small chunks: a thread takes at least about kChunkElements' worth of them.
-  const int64_t grain = std::max<int64_t>(1, count * kChunkElements / std::max<int64_t>(elements, 1));
-  parallel_call(parallel_for, count, grain, [&](int64_t begin, int64_t end) {
+  const int64_t elements = jobs.empty() ? 0 : jobs.back().end_of_work();
+  parallel_call(parallel_for, elements, kChunkElements, [&](int64_t begin, int64_t end) {
     auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
-                                [](int64_t number, const Job& j) { return number < j.chunks.first; }) -
+                                [](int64_t work, const Job& j) { return work < j.first_work; }) -
                1;
-    for (int64_t number = begin; number < end; ++number) {
-      while (number >= job->chunks.first + job->num_chunks()) ++job;
-      const int64_t local = number - job->chunks.first;
-      body(*job, local / job->chunks.per_group, local % job->chunks.per_group);
+    int64_t chunk = (begin - job->first_work + job->chunk_work() - 1) / job->chunk_work();
+    for (;; ++chunk) {
+      for (; job != jobs.end() && chunk >= job->num_chunks(); ++job) chunk = 0;
+      if (job == jobs.end() || job->first_work + chunk * job->chunk_work() >= end) return;
+      body(*job, chunk / job->chunks.per_group, chunk % job->chunks.per_group);
     }
   });
 }
@@ -124,6 +126,13 @@ void combine(const Job& job) {
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t chunk = 0; chunk < job.chunks.per_group; ++chunk, partial += rows)
       for (int64_t row = 0; row < rows; ++row) job.stats[row * groups + group] += partial[row];
+}
+
+// A NaN in one of the coefficients as the plainest NaN there is, which the rounding to bfloat16 relies on.
+GradientCoef without_payload(GradientCoef coef) {
+  for (double* c : {&coef.a_prev, &coef.a, &coef.e_prev2, &coef.e_prev, &coef.e})
+    if (*c != *c) *c = std::numeric_limits<double>::quiet_NaN();
+  return coef;
 }
 
 struct BackwardOptions {
@@ -186,14 +195,23 @@ void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOption
     const int64_t count = std::min(job.chunks.tile, range.end - i);
     for (int64_t l = 0; l < shape.length; ++l) {
       if (job.stage.grads[l] == nullptr) continue;
-      const GradientCoef coef = gradient_coef(job.coef, shape, group, l);
+      const GradientCoef coef = without_payload(gradient_coef(job.coef, shape, group, l));
       backward_positions(job, rows, options, coef, l, i, count, job.stage.grads[l]);
     }
   }
 }
 
-Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, int64_t first_chunk) {
-  return Job{stage, walked, Chunks(stage.dtype, stage.shape, walked, tile_bytes, first_chunk)};
+Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, const std::vector<Job>& before) {
+  Job job{stage, walked, Chunks(stage.dtype, stage.shape, walked, tile_bytes)};
+  if (!before.empty()) job.first_work = before.back().end_of_work();
+  return job;
+}
+
+// Long runs are what the backward pass writes best, but a small feature must still have tiles for several
+// threads.
+int64_t backward_tile_bytes(const StageView& stage) {
+  const int64_t part = stage.shape.numel * element_size(stage.dtype) / 16 / kBlockBytes * kBlockBytes;
+  return std::clamp(part, kForwardTileBytes, kMostBackwardTileBytes);
 }
 
 }  // namespace
@@ -201,12 +219,11 @@ Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, int64_t
 void flow_forward(const StageView* stages, int64_t num_stages, bool squared, double* stats, uint8_t* signs,
                   ParallelFor parallel_for) {
   std::vector<Job> jobs;
-  int64_t first_chunk = 0, num_partial = 0;
+  int64_t num_partial = 0;
   const auto add_job = [&](const StageView& stage, double* job_stats, uint8_t* job_signs) {
-    Job job = make_job(stage, stage.shape.length, kForwardTileBytes, first_chunk);
+    Job job = make_job(stage, stage.shape.length, kForwardTileBytes, jobs);
     job.stats = job_stats;
     job.signs = job_signs;
-    first_chunk += job.num_chunks();
     num_partial += job.num_chunks() * job.rows();
     jobs.push_back(job);
   };
@@ -247,13 +264,11 @@ void flow_forward(const StageView* stages, int64_t num_stages, bool squared, dou
 void flow_backward(const StageView* stages, int64_t num_stages, bool squared, const uint8_t* signs,
                    const double* coef, ParallelFor parallel_for) {
   std::vector<Job> jobs;
-  int64_t first_chunk = 0;
   for (int64_t s = 0; s < num_stages; ++s) {
     const StageView& stage = stages[s];
-    Job job = make_job(stage, stage.shape.length, kBackwardTileBytes, first_chunk);
+    Job job = make_job(stage, stage.shape.length, backward_tile_bytes(stage), jobs);
     job.planes = signs;
     job.coef = coef;
-    first_chunk += job.num_chunks();
     jobs.push_back(job);
     coef += stats_entries(stage.shape);
     if (!squared) signs += sign_bytes(stage.shape);
@@ -267,14 +282,14 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
 
 void flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs, const double* coef,
                       int64_t index, void* grad, bool accumulate, ParallelFor parallel_for) {
-  Job job = make_job(stage, 1, kBackwardTileBytes, 0);
+  Job job = make_job(stage, 1, backward_tile_bytes(stage), {});
   job.planes = signs;
   job.coef = coef;
   const BackwardOptions options{squared, accumulate, false};
   const RowKernels& rows = row_kernels();
   for_each_chunk({job}, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     const Range range = job.chunks.positions(group, chunk);
-    const GradientCoef k = gradient_coef(job.coef, job.stage.shape, group, index);
+    const GradientCoef k = without_payload(gradient_coef(job.coef, job.stage.shape, group, index));
     for (int64_t i = range.begin; i < range.end; i += job.chunks.tile)
       backward_positions(job, rows, options, k, index, i, std::min(job.chunks.tile, range.end - i), grad);
   });
