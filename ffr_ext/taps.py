@@ -50,7 +50,7 @@ def can_tap(feature: Tensor) -> bool:
 def tap(feature: Tensor) -> tuple[Slot, Tensor]:
     """A tap on `feature`: its slot and its token. Nothing is computed and nothing saved until `collect`."""
     slot = Slot(Layout.of(feature))
-    token: Tensor = Tap.apply(slot, feature)
+    token: Tensor = _apply_tap(slot, feature)
     # A hook that is there already would see a pending gradient, and a leaf would keep it.
     if feature.nbytes >= MIN_BYTES and not feature.is_leaf and not feature._backward_hooks:
         slot.pending = True
@@ -89,10 +89,11 @@ class Slot:
                 continue
             grad = torch.empty_strided(made.shape, made.strides, dtype=made.dtype, device=live.coef.device)
             live.write(place, grad, accumulate=False)
-            grad = grad.to(self.layout.dtype)
-            if mapped:
-                grad = unpool(grad, self.layout.shape)
-            grad = _with_strides(grad, self.layout)
+            if made != self.layout or mapped:
+                grad = grad.to(self.layout.dtype)
+                if mapped:
+                    grad = unpool(grad, self.layout.shape)
+                grad = _with_strides(grad, self.layout)
             total = grad if total is None else total.add_(grad)
         return total
 
@@ -117,6 +118,10 @@ class Tap(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
         return None, ctx.slot.gradient()
+
+
+# Without Function.apply's questions about torch.func, which `can_tap` has asked.
+_apply_tap = super(torch.autograd.Function, Tap).apply
 
 
 class Collect(torch.autograd.Function):
@@ -225,30 +230,28 @@ class _Live:
         self.walk = walk
         self.coef = coef
         self.values: list[Tensor | None] = list(saved) if walk.squared else []
-        self.signs = saved[0] if saved and not walk.squared else None
+        # Of every stage the slices of coef and of the packed signs (without signs: empty).
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        if coef is not None:
+            entries = [ops.stats_entries(s.length, g) for s, g in zip(walk.stages, walk.groups, strict=True)]
+            planes = [0 if walk.squared else ops.sign_bytes(s.length, s.numel) for s in walk.stages]
+            signs = coef.new_empty(0, dtype=torch.uint8) if walk.squared else saved[0]
+            self.parts = list(zip(coef.split(entries), signs.split(planes), strict=True))
         self.readers = list(walk.readers)
         self.taps = walk.taps
         self.stream = _stream(coef)
 
     def write(self, place: int, grad: Tensor, accumulate: bool) -> None:
         """Run the kernel for the feature at `place`."""
-        walk, coef = self.walk, self.coef
-        assert coef is not None
+        walk = self.walk
         index = walk.stage_of[place]
-        stage, groups, first = walk.stages[index], walk.groups[index], walk.first[index]
-        entries = [ops.stats_entries(s.length, g) for s, g in zip(walk.stages, walk.groups, strict=True)]
-        start = sum(entries[:index])
-        coef = coef[start : start + entries[index]]
+        stage, first = walk.stages[index], walk.first[index]
+        coef, signs = self.parts[index]
         features: list[Tensor] = []
-        signs = coef.new_empty(0, dtype=torch.uint8)
         if walk.squared:
-            features = [grad.new_empty(0)] * stage.length
+            features = [grad.new_empty(0)] * stage.length  # those that are not near are not read
             for near in walk.near(place):
                 features[near - first] = self._value(near)
-        elif self.signs is not None:
-            planes = [ops.sign_bytes(s.length, s.numel) for s in walk.stages]
-            start = sum(planes[:index])
-            signs = self.signs[start : start + planes[index]]
         self._used_on_this_stream([coef, signs, *features])
         walk.kernels.backward_at(
             features,
@@ -256,7 +259,7 @@ class _Live:
             coef,
             stage.length,
             stage.numel,
-            groups,
+            walk.groups[index],
             walk.squared,
             place - first,
             grad,
