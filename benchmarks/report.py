@@ -29,6 +29,10 @@ README_SETTINGS = (
     "above_llc",
 )
 OURS = ("cuda", "triton", "cpu")  # in the order in which "auto" takes them
+CUT_CASES = {
+    "resnet50/zeros": "ResNet-50, half of the filters inside its blocks constantly 0",
+    "resnet50/constants": "the same, half of those at another constant",
+}
 NAMES = {"eager": "eager", "compile": "torch.compile", "none": "no penalty"}
 
 
@@ -56,8 +60,8 @@ def usual(rows: Iterable[Line]) -> list[Line]:
 
 def milliseconds(value: float) -> str:
     """Three significant digits, in the unit that is easiest to read."""
-    if value >= 10_000:
-        return f"{value / 1000:.1f} s"
+    if value >= 1000:
+        return f"{value / 1000:.3g} s"
     return f"{value * 1000:.0f} us" if value < 0.1 else f"{value:.3g} ms"
 
 
@@ -133,6 +137,22 @@ def step_table(rows: Sequence[Line]) -> list[str]:
     return table([*columns, "of the features' bytes"], lines) if lines else []
 
 
+def compaction_table(rows: Sequence[Line]) -> list[str]:
+    """Whole networks cut by `compact` and by Torch-Pruning: how long, and how far off the outputs are."""
+    cut = [row for row in rows if row["mode"] == "compact"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in cut):
+        ours = find(cut, case=case, provider="compact")
+        other = find(cut, case=case, provider="torch-pruning")
+        if ours is None:
+            continue
+        cells = [milliseconds(ours["ms"]), f"{ours['error']:.1e}"]
+        cells += [milliseconds(other["ms"]), f"{other['error']:.1e}"] if other else ["", ""]
+        lines.append([CUT_CASES.get(case, case), *cells])
+    columns = ["a network with dead filters, cut", "`compact`", "error of the outputs"]
+    return table([*columns, "Torch-Pruning, told which", "error of the outputs"], lines) if lines else []
+
+
 def first_call_line(rows: Sequence[Line]) -> list[str]:
     """First calls of a process, in one sentence."""
     case = find(rows, setting="resnet56", mode="first")
@@ -177,6 +197,9 @@ def readme_block(runs: Sequence[Run]) -> str:
             if "loss" not in benches or benches["loss"][0]["commit"] != header["commit"]:
                 parts += [machine_line(header), ""]
             parts += [*step_table(rows), ""]
+        if "compaction" in benches:
+            header, rows = benches["compaction"]
+            parts += [machine_line(header), "", *compaction_table(rows), ""]
     if not parts:
         return "No results yet: `make bench` makes them.\n"
     note = "Made by `python -m benchmarks report` from `benchmarks/results/`: medians, "
