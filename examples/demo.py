@@ -115,9 +115,7 @@ def network_table(runs: dict[str, Run], results: dict[str, Pruned]) -> Table:
     table.add_row("parameters that could go, and went", *(_gone(report.parameters) for report in reports))
     table.add_row("FLOPs for 8 images", *(f"{report.flops[0]:,}" for report in reports))
     table.add_row("FLOPs that could go, and went", *(_gone(report.flops) for report in reports))
-    table.add_row(
-        "largest change of an output by cutting", *(f"{report.max_error:.1g}" for report in reports)
-    )
+    table.add_row("largest change of an output", *(f"{report.max_error:.1g}" for report in reports))
     return table
 
 
