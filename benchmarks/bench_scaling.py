@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .bench_loss import Case, providers_here, run_case
+from .bench_loss import run_case
 from .harness import Effort, Options, Row
+from .loss_cases import Case, providers_here
 from .shapes import Setting
 
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from .harness import Row
+from .loss_cases import PROVIDERS, Case
+from .shapes import SETTINGS
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -60,9 +62,6 @@ def _first_call(setting: str, provider: str, state: str, device: str, cache: str
 
 def main(setting: str, provider: str, device: str) -> dict[str, object]:
     """Time the first call, and the second for comparison."""
-    from .bench_loss import PROVIDERS, Case
-    from .shapes import SETTINGS
-
     case = Case(SETTINGS[setting], SETTINGS[setting].batch_on(device))
     features = case.features(device)
     # What a training process has done by then: an autograd pass, and on a GPU a context and a kernel.

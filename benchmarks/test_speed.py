@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from .bench_loss import PROVIDERS, Case, providers_here
+from .loss_cases import PROVIDERS, Case, providers_here
 from .shapes import SETTINGS
 
 pytest.importorskip("pytest_benchmark", reason="pytest benchmarks/ needs pytest-benchmark")

@@ -61,19 +61,9 @@ def _weight(weight: Any) -> str:
     return f"{weight:g}" if isinstance(weight, (int, float)) else str(weight)
 
 
-def describe(flow: FeatureFlow, example_inputs: Any) -> Description:
-    """Run the model once, in eval mode and without autograd, and say what the flow captures; see
-    ``FeatureFlow``."""
-    from .flow import FeatureFlow
-
-    probe = FeatureFlow(
-        flow.model,
-        flow.layers,
-        output=flow.output,
-        capture_eval=True,
-        backend="reference",
-        transition="break",
-    )
+def describe(flow: FeatureFlow, probe: FeatureFlow, example_inputs: Any) -> Description:
+    """Run the model once, in eval mode and without autograd, and say what the flow captures, with the help of
+    another that captures there; see ``FeatureFlow``."""
     modes = {module: module.training for module in flow.model.modules()}
     enabled, flow.enabled = flow.enabled, False
     try:

@@ -185,7 +185,10 @@ class FeatureFlow:
         ``example_inputs``: a tensor, a tuple of positional or a dict of keyword inputs of ``model``, which
         is run once in eval mode and without autograd; nothing of it stays behind.
         """
-        description = describe(self, example_inputs)
+        probe = FeatureFlow(
+            self.model, self.layers, output=self.output, capture_eval=True, backend="reference"
+        )
+        description = describe(self, probe, example_inputs)
         print(description)
         return description
 

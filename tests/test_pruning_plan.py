@@ -130,7 +130,7 @@ def with_cuts(plan: CompactionPlan, **changes: Any) -> CompactionPlan:
     "case", ["wider", "other", "narrower-already", "indices", "dimension", "attribute", "ddp"]
 )
 def test_a_plan_that_does_not_fit_changes_nothing(case: str) -> None:
-    from ffr_ext.pruning.cutting import Cut
+    from ffr_ext.pruning.cuts import Cut
 
     plan = compact(dead(), torch.randn(X), measure=False).plan
     model: nn.Module = dead()

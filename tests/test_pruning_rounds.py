@@ -14,7 +14,7 @@ from torch import nn
 from ffr_ext import CompactionPlan, compact
 from ffr_ext.pruning import compaction
 from ffr_ext.pruning.composing import CannotCompose, compose
-from ffr_ext.pruning.cutting import Cut
+from ffr_ext.pruning.cuts import Cut
 
 X = (2, 3, 5, 5)
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from . import states
 from .channels import ChannelSets
+from .registry import find_rule
 from .states import State
 from .tracing import TracedGraph, module_path, op_name, where
 
@@ -196,8 +197,6 @@ class Analysis:
         return unknown_flow(node.meta.get("val"))
 
     def _call(self, node: Node) -> None:
-        from .rules import find_rule  # the rules import this module for its types
-
         name = op_name(node)
         rule = find_rule(node)
         bound = self._bind(node)

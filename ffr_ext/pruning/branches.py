@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .analysis import Analysis, Flow
 from .channels import ResolvedSets
-from .scale import filter_dim
+from .filters import filter_dim
 from .tracing import module_paths, op_name
 
 IDENTITY, ZEROS = "Identity", "Threshold"

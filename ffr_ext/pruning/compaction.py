@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import optimizer as optimizer_state
+from . import rules, rules_layers, rules_norms, rules_shape  # noqa: F401  they fill the table of rules
 from .analysis import Analysis
 from .branches import dead_branches
 from .checking import Check, Mismatch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .analysis import Flow
-from .cutting import Cut, cut_shape
+from .cuts import Cut, cut_shape
 from .liveness import Solver
 from .plan import CompactionPlan
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .cuts import Cut, cut_tensors, weight_of
 from .tracing import all_tensors, canonical_names
 
 if TYPE_CHECKING:
-    from .cutting import Cut
     from .plan import CompactionPlan
 
 
@@ -125,8 +125,6 @@ def carry_over(
     optimizer: torch.optim.Optimizer, source: nn.Module, result: nn.Module, plan: CompactionPlan
 ) -> None:
     """Let an optimizer that trains `source` train `result`, the copy of `source` that `plan` has cut."""
-    from .cutting import cut_tensors, weight_of
-
     names = canonical_names(source)
     old = {n: t for n, t in all_tensors(source) if names[n] == n}
     new = dict(all_tensors(result))

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .scale import BatchNorm, filter_dim
+from .filters import BatchNorm, filter_dim
 from .tracing import as_call, module_path, op_name, trace
 
 

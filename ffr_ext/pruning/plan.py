@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .branches import IDENTITY, ZEROS
-from .cutting import Cut, CutError, apply_cuts
+from .cuts import Cut, CutError
+from .cutting import apply_cuts
 from .optimizer import OptimizerError
 from .tracing import all_tensors, canonical_names
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cutting import Cut, cut_shape
+from .cuts import Cut, cut_shape
 from .liveness import Solver
 from .plan import CompactionPlan
 

@@ -1,9 +1,4 @@
-"""The table of op rules, and the rules that hold for whole families of ops.
-
-A rule is `rule(analysis, node, arguments) -> Flow`, with the arguments by name and flows in the place of
-tensors. It returns a list for an op with several results, and None where this use of the op is beyond it;
-then the op counts as unknown.
-"""
+"""The rules that hold for whole families of ops: pointwise ones, and those whose inputs are all constant."""
 
 from __future__ import annotations
 
@@ -18,51 +13,12 @@ from torch.utils import _pytree as pytree
 
 from . import states
 from .analysis import MAX_FOLDED, Analysis, Flow, meta_shape
+from .registry import FOLD, POINTWISE, rule
 from .states import State
 from .tracing import op_name, where
 
-Rule = Callable[[Analysis, Node, dict[str, Any]], Any]
 
-_RULES: dict[str, Rule] = {}
-
-# Pointwise ops that torch does not tag as such.
-_UNTAGGED_POINTWISE = {
-    "hardswish",
-    "log_sigmoid",
-    "hardshrink",
-    "softshrink",
-    "rsub",
-    "square",
-    "__and__",
-    "__or__",
-}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        for name in names:
-            _RULES[name] = function
-        return function
-
-    return register
-
-
-def find_rule(node: Node) -> Rule | None:
-    from . import rules_layers, rules_norms, rules_shape  # noqa: F401  they fill the table
-
-    name = op_name(node)
-    tags = getattr(node.target, "tags", [])
-    if torch.Tag.inplace in tags:
-        name = name.removesuffix("_")
-    if name in _RULES:
-        return _RULES[name]
-    if torch.Tag.nondeterministic_seeded in tags or name.startswith(("empty", "new_empty")):
-        return None
-    if torch.Tag.pointwise in tags or name in _UNTAGGED_POINTWISE:
-        return pointwise
-    return fold
-
-
+@rule(POINTWISE)
 def pointwise(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | None:
     """Every result element is made from the elements at its own place: labels go through, the state is the op
     of states."""
@@ -133,6 +89,7 @@ def _evaluate(node: Node, value_of: Callable[[Node], Tensor]) -> Tensor | None:
     return None
 
 
+@rule(FOLD)
 def fold(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | None:
     """An op without a rule whose inputs are all constant (or that has none, like arange): compute it."""
     value = node.meta.get("val")
@@ -223,17 +180,3 @@ def _prelu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
             torch.where(value > 0, value, factor * value), live | torch.zeros_like(factor, dtype=torch.bool)
         ),
     )
-
-
-@rule("glu")
-def _glu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    from .rules_shape import parts_of
-
-    halves = parts_of(
-        analysis, node, bound["self"], bound["dim"], [bound["self"].shape[bound["dim"]] // 2] * 2
-    )
-    shape = halves[0].shape
-    labels = combined_labels(analysis, node, halves, shape)
-    a, b = halves[0].state, halves[1].state
-    live = (a.live | b.live) & ~a.zero()
-    return Flow(shape, labels, states.make(a.value.double() * b.value.double().sigmoid(), live))

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from . import states
 from .analysis import Analysis, BiasTarget, Constraint, Flow, Labels, Read, meta_shape, owner_path
-from .rules import combined_labels, rule
+from .registry import rule
+from .rules import combined_labels
 from .states import along, per_index
 from .tracing import where
 

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from . import states
 from .analysis import Analysis, Constraint, Flow, Labels, meta_shape, owner_path
-from .rules import rule
+from .registry import rule
+from .rules import fold
 from .states import State, along
 from .tracing import op_name, where
 
@@ -192,8 +193,6 @@ def _reduce(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | Non
 def _along_one_dim(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
     x: Flow = bound["self"]
     if x.state.all_constant() and x.rank and all(labels is None for labels in x.labels):
-        from .rules import fold
-
         folded = fold(analysis, node, bound)
         if folded is not None:
             return folded

@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from . import states
 from .analysis import Analysis, Constraint, Flow, Labels, meta_shape
-from .rules import combined_labels, fold, rule
+from .registry import rule
+from .rules import combined_labels, fold
 from .states import State, fill_dims
 from .tracing import where
 
@@ -374,3 +375,15 @@ def _bordered(
         if fill is not None:
             live = live | (value != fill)
     return value, live
+
+
+@rule("glu")
+def _glu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    halves = parts_of(
+        analysis, node, bound["self"], bound["dim"], [bound["self"].shape[bound["dim"]] // 2] * 2
+    )
+    shape = halves[0].shape
+    labels = combined_labels(analysis, node, halves, shape)
+    a, b = halves[0].state, halves[1].state
+    live = (a.live | b.live) & ~a.zero()
+    return Flow(shape, labels, states.make(a.value.double() * b.value.double().sigmoid(), live))
