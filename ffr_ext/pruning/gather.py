@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, ops
-from .layout import as_contiguous, empty_in_order, permuted, tensor_list
+from .layout import in_order, inverse, permuted, stride_order, tensor_list
 from .norms import dims_of
 
 
@@ -46,40 +47,42 @@ def compact_filters(
     dims = dims_of("dim", dim, sources)
     _check_indices(indices, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
     moved: dict[tuple[int, torch.device], Tensor] = {}
+    jobs: dict[torch.device, list[_Job]] = {}
     results: list[Tensor] = []
     with torch.no_grad():
         for tensor, index, d in zip(sources, indices, dims, strict=True):
+            device, order = tensor.device, stride_order(tensor)
             shape = list(tensor.shape)
             shape[d] = index.numel()
-            results.append(empty_in_order(tensor, shape))
-            if (id(index), tensor.device) not in moved:
-                moved[id(index), tensor.device] = index.to(tensor.device).contiguous()
-        for device in dict.fromkeys(t.device for t in sources):
-            members = [i for i, t in enumerate(sources) if t.device == device]
-            _gather(
-                [sources[i] for i in members],
-                [moved[id(indices[i]), device] for i in members],
-                [dims[i] for i in members],
-                [results[i] for i in members],
-                backends.resolve(backend, device.type),
-            )
+            target = tensor.new_empty(shape if in_order(order) else [shape[o] for o in order])
+            results.append(permuted(target, inverse(order)))
+            key = id(index), device
+            if key not in moved:
+                moved[key] = index.to(device).contiguous()
+            jobs.setdefault(device, []).append(_Job(tensor, moved[key], d, order, target))
+        for device, members in jobs.items():
+            _gather(members, backends.resolve(backend, device.type))
     return results
 
 
-def _gather(
-    sources: list[Tensor], keep: list[Tensor], dims: list[int], results: list[Tensor], backend: str
-) -> None:
+class _Job(NamedTuple):
+    source: Tensor
+    keep: Tensor
+    dim: int
+    order: list[int]  # of the source's dimensions in memory
+    target: Tensor  # contiguous, its dimensions in that order
+
+
+def _gather(jobs: list[_Job], backend: str) -> None:
+    sources = [permuted(job.source.detach(), job.order) for job in jobs]
+    keep, targets = [job.keep for job in jobs], [job.target for job in jobs]
+    dims = [job.order.index(job.dim) for job in jobs]
     if backend == "reference":
-        for source, index, dim, result in zip(sources, keep, dims, results, strict=True):
-            torch.index_select(source.detach(), dim, index, out=result)
+        for source, index, dim, target in zip(sources, keep, dims, targets, strict=True):
+            torch.index_select(source, dim, index, out=target)
         return
-    dense, orders = zip(*(as_contiguous(t) for t in sources), strict=True)
-    # The result was allocated in the order of its tensor, so the same permutation makes it contiguous, as a
-    # view.
-    outs = [permuted(r, order) for r, order in zip(results, orders, strict=True)]
-    ops.filter_kernels(backend).compact(
-        list(dense), keep, [order.index(d) for order, d in zip(orders, dims, strict=True)], outs
-    )
+    dense = [source if source.is_contiguous() else source.contiguous() for source in sources]
+    ops.filter_kernels(backend).compact(dense, keep, dims, targets)
 
 
 def _check_indices(indices: Sequence[Tensor], sizes: Sequence[int]) -> None:

@@ -3,10 +3,8 @@ user's are in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -29,10 +27,22 @@ def stride_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda d: -strides[d])
 
 
+def in_order(order: list[int]) -> bool:
+    """Whether a permutation changes nothing: the usual case, in loops over all weights of a network."""
+    return order == _NATURAL[len(order)] if len(order) < len(_NATURAL) else order == sorted(order)
+
+
+_NATURAL = [list(range(rank)) for rank in range(6)]
+
+
+def inverse(order: list[int]) -> list[int]:
+    """The permutation that undoes `order`."""
+    return order if in_order(order) else [order.index(d) for d in range(len(order))]
+
+
 def permuted(tensor: Tensor, order: list[int]) -> Tensor:
-    """`tensor.permute(order)`, or the tensor itself where that is the same: the usual case, in loops over all
-    weights of a network."""
-    return tensor if order == list(range(len(order))) else tensor.permute(order)
+    """`tensor.permute(order)`, or the tensor itself where that is the same."""
+    return tensor if in_order(order) else tensor.permute(order)
 
 
 def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
@@ -40,10 +50,3 @@ def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
     dimensions."""
     order = stride_order(tensor)
     return permuted(tensor.detach(), order).contiguous(), order
-
-
-def empty_in_order(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of `shape` whose dimensions lie in memory in the order of `tensor`'s."""
-    order = stride_order(tensor)
-    storage = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device=tensor.device)
-    return permuted(storage, [order.index(d) for d in range(len(order))])
