@@ -1,7 +1,8 @@
 """Compaction of ResNet-50 (from transformers): the gather and the norms alone, and the whole of it.
 
 Kernels: every weight, bias and buffer of the network, half of the filters kept; `compact_filters` in one call
-("gather": checked, into new tensors; "gather kernel": neither) beside `torch.index_select` per tensor, `filter_norms` beside `torch.linalg.vector_norm` per tensor. Whole:
+("gather": checked, into new tensors; "gather kernel": neither) beside `torch.index_select` per tensor,
+`filter_norms` beside `torch.linalg.vector_norm` per tensor. Whole:
 `compact`, which finds the dead channels itself and checks the result, beside Torch-Pruning, which is told the
 same channels and checks nothing. The error is that of the outputs against the model with its dead filters
 still in. In "zeros" every dead channel is 0 behind its activation; in "constants" half of them are not, and
