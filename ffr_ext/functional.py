@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference, weighted
-from .autograd import FlowSpec, FlowStats, apply, transforms_active
+from .autograd import FlowSpec, FlowStats, apply, runs_eagerly
 from .stages import Plan, Stage, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
@@ -169,7 +169,7 @@ def penalty(
         # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
         scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
         squared, per_sample = norm != "l1", norm == "l2"
-        if make_stats is None and recipe is not None and not per_sample and not transforms_active():
+        if make_stats is None and recipe is not None and not per_sample:
             loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
         else:
             stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
@@ -208,8 +208,8 @@ def _prepare(features: list[Tensor], transition: str) -> tuple[Plan, weighted.Re
 
 
 def _cacheable(features: list[Tensor]) -> bool:
-    """Whether sizes are plain numbers and tensors made now may be kept: not while a graph is traced."""
-    return not torch.compiler.is_compiling() and type(features[0]) in (Tensor, torch.nn.Parameter)
+    """Whether sizes are plain numbers and tensors made now may be kept."""
+    return type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
 
 
 def _loss_dtype(features: list[Tensor]) -> torch.dtype:
@@ -399,6 +399,6 @@ def _unit_weights(
         terms = [0.0] * stage.counted_by_earlier
         terms += [next(on_gradient, 0.0) for _ in range(stage.gradient_terms)]
         terms += [next(on_curvature, 0.0) for _ in range(stage.bends)]
-        row = torch.tensor(terms, dtype=torch.float64) / stage.divisor(norm, reduction)
+        row = torch.tensor(terms, dtype=torch.float64, device="cpu") / stage.divisor(norm, reduction)
         parts.append(row.repeat_interleave(stage.batch) if norm == "l2" else row)
     return torch.cat(parts).to(device, non_blocking=True)

@@ -109,7 +109,7 @@ def weighted_flow(
 
 
 class _WeightedFlow(torch.autograd.Function):
-    """The node. Without setup_context: torch.func never gets here."""
+    """The node. Without setup_context: neither torch.func nor a tracer gets here (`autograd.runs_eagerly`)."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,10 @@ class _WeightedFlow(torch.autograd.Function):
                 ctx.save_for_backward(signs)
         if numbers is None:
             return (vector * stats).sum().to(dtype)
-        return torch.scalar_tensor(sum(map(mul, numbers, stats.tolist())), dtype=dtype)
+        total = sum(map(mul, numbers, stats.tolist()))
+        # scalar_tensor is twice as fast, but refuses what overflows instead of making it inf.
+        make = torch.scalar_tensor if abs(total) <= _FLOAT32_MAX else torch.tensor
+        return make(total, dtype=dtype, device=vector.device)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -159,13 +162,16 @@ class _WeightedFlow(torch.autograd.Function):
         if not all(wanted):
             nothing = vector.new_empty(0)
             slots = [nothing if grad is None else grad for grad in grads]
-        # On the CPU the usual upstream gradient, 1, costs no multiplication; elsewhere asking would wait.
-        coef = vector if numbers is not None and grad_loss.item() == 1.0 else vector * grad_loss
+        # On the CPU the usual upstream gradient, 1, costs no multiplication. Elsewhere asking would wait, and compiled
+        # autograd cannot ask.
+        can_ask = numbers is not None and not torch.compiler.is_compiling()
+        coef = vector if can_ask and grad_loss.item() == 1.0 else vector * grad_loss
         features, signs = (saved, vector.new_empty(0, dtype=torch.uint8)) if squared else ((), saved[0])
         kernels.backward(features, signs, coef, recipe.lengths, recipe.numels, recipe.groups, squared, slots)
         return (*_NONES, *grads)
 
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _NOT_FEATURES = 7
 _NONES = (None,) * _NOT_FEATURES
 # Without the argument binding that Function.apply does for functions with setup_context, and its check for torch.func.

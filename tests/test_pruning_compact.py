@@ -121,6 +121,21 @@ def test_the_random_state_is_untouched() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_default_device_moves_nothing(strict: bool) -> None:
+    model, x = dead().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.blocks[0].bn1.bias[:3] = 0.5  # dead filters with a constant that is to be taken up
+        model.blocks[0].bn1.weight[:3] = 0
+    expected = compact(model, x, strict=strict, measure=False)
+    with torch.device("meta"):
+        got = compact(model, x, strict=strict, measure=False)
+        applied = got.plan.apply(copy.deepcopy(model))
+    assert got.plan.digest() == expected.plan.digest()
+    assert torch.equal(got.model(x), expected.model(x))
+    assert torch.equal(applied(x), expected.model(x))
+
+
 def test_inplace_cuts_the_model_itself() -> None:
     model = dead()
     source = copy.deepcopy(model)

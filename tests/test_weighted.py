@@ -10,6 +10,9 @@ from helpers import assert_no_worse_than_torch, random_features, reference_in
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ffr_ext import ffr_loss, weighted
 
@@ -91,3 +94,70 @@ def test_contiguous_means_what_torch_means(shape: list[int], order: list[int], s
     padded: Tensor = torch.empty([size * step for size, step in zip(shape, steps, strict=False)])
     x = padded[tuple(slice(None, None, step) for step in steps[: len(shape)])].permute(dims)
     assert weighted._contiguous(x.shape, x.stride()) == x.is_contiguous()
+
+
+# --- who looks on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1e35, -1e35])
+def test_a_loss_too_large_for_float32_is_infinite(value: float, fused: str) -> None:
+    """A run that diverges sees inf and can skip the step."""
+    features = [torch.zeros(100_000), torch.full((100_000,), abs(value))]
+    loss = ffr_loss(features, gradient=value / abs(value), reduction="sum", backend=fused)
+    assert loss.item() == float("inf") * value
+
+
+def test_a_default_device_moves_nothing(fused: str) -> None:
+    for size in (8, 9):  # known from an earlier call, and not
+        features = [torch.randn(2, size, requires_grad=True) for _ in range(3)]
+        if size == 8:
+            ffr_loss(features, backend=fused)
+        with torch.device("meta"):
+            loss = ffr_loss(features, backend=fused)
+            loss.backward()
+        assert loss.device.type == "cpu"
+        assert all(f.grad is not None and f.grad.device.type == "cpu" for f in features)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_graph_computes_the_loss_of_its_inputs(pre_dispatch: bool, fused: str) -> None:
+    features = [torch.randn(2, 8) for _ in range(3)]
+    ffr_loss(features, backend=fused)
+    graph = make_fx(lambda *f: ffr_loss(f, backend=fused), pre_dispatch=pre_dispatch)(*features)
+    other = [2 * f for f in features]
+    torch.testing.assert_close(graph(*other), ffr_loss(other, backend=fused))
+
+
+def test_a_traced_graph_of_the_gradient(fused: str) -> None:
+    def gradient(*features: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ffr_loss(features, backend=fused), features)
+
+    features = [torch.randn(2, 8, requires_grad=True) for _ in range(3)]
+    graph = make_fx(gradient)(*features)
+    for traced, computed in zip(graph(*features), gradient(*features), strict=True):
+        torch.testing.assert_close(traced, computed)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_trace(fused: str) -> None:
+    features = [torch.randn(2, 8) for _ in range(3)]
+    module = torch.jit.trace(lambda a, b, c: ffr_loss([a, b, c], backend=fused), tuple(features))
+    other = [2 * f for f in features]
+    torch.testing.assert_close(module(*other), ffr_loss(other, backend=fused))
+
+
+def test_a_fake_call_leaves_nothing_behind(fused: str) -> None:
+    features = [torch.randn(2, 21) for _ in range(3)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(ffr_loss(features, backend=fused), FakeTensor)
+    assert type(ffr_loss(features, backend=fused)) is Tensor
+
+
+def test_compiled_autograd_takes_the_backward_pass_whole(fused: str) -> None:
+    features = [torch.randn(2, 8, requires_grad=True) for _ in range(3)]
+    expected = torch.autograd.grad(2 * ffr_loss(features, backend=fused), features)
+    loss = 2 * ffr_loss(features, backend=fused)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    for feature, grad in zip(features, expected, strict=True):
+        torch.testing.assert_close(feature.grad, grad)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from . import states
 from .channels import ChannelSets
 from .registry import find_rule
-from .states import State
+from .states import State, on_cpu
 from .tracing import TracedGraph, module_path, op_name, where
 
 Labels = Tensor | None
@@ -102,6 +102,7 @@ class Constraint:
 class Analysis:
     """The walk. Everything it finds is in its public attributes."""
 
+    @on_cpu
     def __init__(self, graph: TracedGraph, strict: bool) -> None:
         self.graph = graph
         self.strict = strict

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .analysis import Analysis, Flow
 from .channels import ResolvedSets
 from .filters import filter_dim
+from .states import on_cpu
 from .tracing import module_paths, op_name
 
 IDENTITY, ZEROS = "Identity", "Threshold"
@@ -55,6 +56,7 @@ def replacement(kind: str) -> nn.Module:
     return nn.Identity() if kind == IDENTITY else nn.Threshold(float("inf"), 0.0)
 
 
+@on_cpu
 def dead_branches(analysis: Analysis) -> dict[str, str]:
     """Path of each outermost module that can be replaced -> what by."""
     same_as = _equalities(analysis)

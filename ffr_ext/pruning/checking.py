@@ -112,15 +112,16 @@ def _random_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
     """Inputs of the same shapes: normal numbers of the example's mean and deviation; whole numbers (tokens,
     masks) are the example's in another order, because nobody here knows which values are valid. A fixed seed:
     all ranks make the same."""
-    generator = torch.Generator().manual_seed(0x5EED)
+    generator = torch.Generator("cpu").manual_seed(0x5EED)
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.numel() < 2:
             return value
         if not value.is_floating_point():
-            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
             return value.reshape(-1)[order].reshape(value.shape)
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
+        noise = noise.to(value.device)
         deviation = value.double().std()
         deviation = deviation if bool(deviation > 0) else torch.ones_like(deviation)
         return (noise * deviation + value.double().mean()).to(value.dtype)

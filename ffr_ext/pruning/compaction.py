@@ -174,7 +174,7 @@ class _Search:
     def _round(self, strict: bool) -> _Found:
         replaced, analysis = self._replace_branches()
         solver = Solver(analysis, self.options)
-        forbidden = torch.zeros(len(solver.sets), dtype=torch.bool)
+        forbidden = torch.zeros(len(solver.sets), dtype=torch.bool, device="cpu")
         removed, plan, candidate, error = self._largest(solver, replaced, forbidden)
         if not strict:
             # What the forward code forbids is found with exact removals, where a difference means a mistake.
@@ -235,7 +235,7 @@ class _Search:
 
         def holds(known: list[int], more: list[int]) -> bool:
             chosen = {*known, *more}
-            others = torch.tensor([f for f in families if f not in chosen], dtype=torch.int64)
+            others = torch.tensor([f for f in families if f not in chosen], dtype=torch.int64, device="cpu")
             removed = solver.solve(torch.isin(solver.family, others))
             plan = make_plan(solver, removed, self.source, replaced)
             candidate = self._cut(plan)
@@ -251,7 +251,7 @@ class _Search:
         chosen = _confirmed(families, holds)
         if not chosen and not holds([], []):
             raise ValueError("compact: an exact copy of the model does not give its outputs a second time")
-        others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64)
+        others = torch.tensor([f for f in families if f not in set(chosen)], dtype=torch.int64, device="cpu")
         forbidden |= torch.isin(solver.family, others)
         if others.numel():
             solver.solve(forbidden)  # its reasons are those of the last call

@@ -16,12 +16,14 @@ from .analysis import Flow
 from .cuts import Cut, cut_shape
 from .liveness import Solver
 from .plan import CompactionPlan
+from .states import on_cpu
 
 
 class CannotCompose(ValueError):
     """There is no single plan that does what the two do."""
 
 
+@on_cpu
 def may_continue(solver: Solver, removed: Tensor) -> bool:
     """Whether a second search can find more. False wherever nothing was kept for a size, or changed how its
     channels are coupled: most models, which are then traced only once."""
@@ -50,6 +52,7 @@ def _zero_where_kept(solver: Solver, removed: Tensor) -> bool:
     return False
 
 
+@on_cpu
 def removed_by(solver: Solver, plan: CompactionPlan) -> Tensor:
     """bool per channel of the solver: it leaves by this plan."""
     removed = torch.zeros(len(solver.sets), dtype=torch.bool)
@@ -66,6 +69,7 @@ def removed_by(solver: Solver, plan: CompactionPlan) -> Tensor:
     return removed | (present & ~left)
 
 
+@on_cpu
 def compose(first: CompactionPlan, second: CompactionPlan) -> CompactionPlan:
     """The plan that does in one go what `second` does to the result of `first`.
 

@@ -62,7 +62,7 @@ def cut_tensors(tensors: Sequence[Tensor], cuts: Sequence[Sequence[Cut]]) -> lis
             if number < len(plain):
                 key = tuple(plain[number].keep or ())
                 members.append(i)
-                keep.append(indices.setdefault(key, torch.tensor(key, dtype=torch.int64)))
+                keep.append(indices.setdefault(key, torch.tensor(key, dtype=torch.int64, device="cpu")))
                 dims.append(plain[number].dim)
         for i, result in zip(
             members, compact_filters([results[i] for i in members], keep, dims), strict=True
@@ -78,7 +78,7 @@ def cut_tensors(tensors: Sequence[Tensor], cuts: Sequence[Sequence[Cut]]) -> lis
 def _cut_groups(weight: Tensor, cut: Cut) -> Tensor:
     assert cut.groups is not None
     slabs = list(weight.detach().chunk(len(cut.groups), 0))
-    keep = [torch.tensor(list(g), dtype=torch.int64) for g in cut.groups]
+    keep = [torch.tensor(list(g), dtype=torch.int64, device="cpu") for g in cut.groups]
     return torch.cat(compact_filters(slabs, keep, cut.dim), 0)
 
 

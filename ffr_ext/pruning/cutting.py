@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import optimizer as optimizer_state
 from .branches import replacement
 from .cuts import Cut, CutError, cut_tensors, weight_of
+from .states import on_cpu
 from .tracing import all_tensors, canonical_names
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _check_cuts(name: str, shape: tuple[int, ...], cuts: Sequence[Cut]) -> None:
             raise CutError(f"damaged compaction plan: the groups of {name} keep different numbers of inputs")
 
 
+@on_cpu
 def _biases(
     model: nn.Module, plan: CompactionPlan, tensors: dict[str, Tensor], new: dict[str, Tensor]
 ) -> dict[str, nn.Parameter]:

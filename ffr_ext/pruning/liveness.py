@@ -12,6 +12,7 @@ from torch import Tensor
 from .analysis import Analysis, Constraint, Read
 from .channels import ResolvedSets
 from .norms import filter_norms
+from .states import on_cpu
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Solver:
     (dead filters first) would find less. Each round can only take back, so it ends.
     """
 
+    @on_cpu
     def __init__(self, analysis: Analysis, options: Options) -> None:
         self.analysis = analysis
         self.options = options
@@ -61,6 +63,7 @@ class Solver:
             if torch.equal(before, family):
                 return family
 
+    @on_cpu
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
         """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
         self.reasons = {}
@@ -188,6 +191,7 @@ class Solver:
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 
+    @on_cpu
     def strength(self) -> Tensor:
         """Sum of squares of all filters of a channel: which of the dead to keep, where some must be."""
         if self._strength is None:
@@ -204,6 +208,7 @@ class Solver:
 
     # ---------------------------------------------------------------------------------------------------
 
+    @on_cpu
     def why_kept(self, channel: int) -> str:
         if bool(self.sets.pinned[channel]):
             return self.sets.pin_reason(channel)

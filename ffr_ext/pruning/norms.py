@@ -71,10 +71,7 @@ def _norms(weights: list[Tensor], dims: list[int], p: float, backend: str) -> li
     counts = [w.shape[d] for w, d in zip(weights, dims, strict=True)]
     out = torch.empty(sum(counts), dtype=torch.float64, device=weights[0].device)
     ops.filter_kernels(backend).norms(ready, ready_dims, p, out)
-    # Views of the two buffers: a conversion for each of hundreds of tensors takes longer than the kernel.
-    exact = out.split(counts)
-    rounded = out.float().split(counts)
-    return [e if w.dtype == torch.float64 else r for e, r, w in zip(exact, rounded, weights, strict=True)]
+    return [n.to(_result_dtype(w)) for n, w in zip(out.split(counts), weights, strict=True)]
 
 
 def _reference_norms(weight: Tensor, dim: int, p: float) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .cuts import Cut, cut_shape
 from .liveness import Solver
 from .plan import CompactionPlan
+from .states import on_cpu
 
 
+@on_cpu
 def make_plan(
     solver: Solver, removed: Tensor, source: Mapping[str, tuple[int, ...]], replaced: Mapping[str, str]
 ) -> CompactionPlan:

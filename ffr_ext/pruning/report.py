@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .liveness import Solver
+from .states import on_cpu
 from .tracing import evaluating
 
 # Below this gain a smaller model is not called faster: run-to-run noise is of that size.
@@ -127,6 +128,7 @@ def _integer(value: float) -> str:
     return f"{int(value):,}"
 
 
+@on_cpu
 def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
     """The sets that filters of some layer belong to, in the order of their first tensor."""
     tensors: dict[int, list[str]] = {}

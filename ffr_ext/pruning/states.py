@@ -7,11 +7,29 @@ and the state of the output of a pointwise op is that very op applied to states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def on_cpu(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorator: new tensors are on the CPU, as all states are, whatever torch.set_default_device says."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
