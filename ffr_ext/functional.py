@@ -58,7 +58,7 @@ def flow_terms(
     """
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
-    plan, _ = _prepare(listed, transition)
+    plan, _ = _prepare(listed, transition, _cacheable(listed))
     chosen = _backend(backend, listed)
     if chosen == "reference":
         return FlowTerms(
@@ -152,7 +152,8 @@ def penalty(
     """
     checks.check_options(norm, curvature_kind, reduction, transition)
     listed = checks.feature_list(features)
-    plan, recipe = _prepare(listed, transition)
+    cacheable = _cacheable(listed)
+    plan, recipe = _prepare(listed, transition, cacheable)
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
@@ -163,7 +164,7 @@ def penalty(
         and curvature_kind == "difference"
         and not isinstance(on_gradient, Tensor)
         and not isinstance(on_curvature, Tensor)
-        and _cacheable(listed)
+        and cacheable
         and all(f.device == device for f in listed)
     ):
         # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
@@ -201,15 +202,15 @@ def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
     return (weight * terms).sum()
 
 
-def _prepare(features: list[Tensor], transition: str) -> tuple[Plan, weighted.Recipe | None]:
-    if not features or _cacheable(features):
+def _prepare(features: list[Tensor], transition: str, cacheable: bool) -> tuple[Plan, weighted.Recipe | None]:
+    if cacheable:
         return weighted.prepare(weighted.signature(features), transition)
     return make_plan([tuple(f.shape) for f in features], transition), None  # sizes may be symbolic
 
 
 def _cacheable(features: list[Tensor]) -> bool:
     """Whether sizes are plain numbers and tensors made now may be kept."""
-    return type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
+    return bool(features) and type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
 
 
 def _loss_dtype(features: list[Tensor]) -> torch.dtype:
