@@ -8,6 +8,7 @@ the owner of the recorder makes the hooks inert.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ OutputSelector = int | str | Callable[[Any], Tensor]
 _CHECKPOINT_ADVICE = (
     "the penalty's gradient would silently vanish. With activation checkpointing pass use_reentrant=False "
     "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False}); under torch.no_grad() choose "
-    "other layers"
+    "other layers, or leave the call out of the pass if it is one between begin_pass() and end_pass()"
 )
 
 
@@ -90,9 +91,20 @@ class Recorder:
 
     def end_by_hand(self) -> None:
         """Finish it."""
-        if self.by_hand:
-            self.recording = self.by_hand = False
-            self.state = "complete"
+        if not self.by_hand:
+            return
+        self.recording = self.by_hand = False
+        self.state = "complete"
+        layers = list(dict.fromkeys(self.names))
+        calls = len(self.names) // max(len(layers), 1)
+        if len(layers) > 1 and calls > 1 and self.names == layers * calls:
+            warnings.warn(
+                f"FeatureFlow: all {len(layers)} layers were called {calls} times in one pass. Their features make "
+                "one path, with terms between the end of one call and the start of the next. If these are calls "
+                "on different inputs, give each a pass and a loss() of its own (FeatureFlow by hand instead of a "
+                "trainer's callback), or keep calls that are not to be penalised out of the pass",
+                stacklevel=3,
+            )
 
     def capture(self, name: str, module: nn.Module, output: Any, last: bool) -> None:
         """Record one call of one layer; ``last``: the last of the selected layers."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -128,6 +129,8 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
         # Traced with dynamic sizes a float can be symbolic; its value is not known then.
         return weight if torch.compiler.is_compiling() else _finite(name, weight)
     if isinstance(weight, (bool, str)) or not hasattr(weight, "__iter__"):
+        if isinstance(weight, Real) and not isinstance(weight, bool):  # a number of numpy's
+            return _finite(name, weight)
         raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
     weights = [_finite(f"{name}[{i}]", w) for i, w in enumerate(weight)]
     if len(weights) != count:

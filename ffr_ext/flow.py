@@ -161,8 +161,9 @@ class FeatureFlow:
         """Record from here to :meth:`end_pass` as one pass, whatever is called in between and in whatever
         mode.
 
-        For steps that are not one call of ``model``: several calls, or calls of its submodules. Trainers
-        use it.
+        For steps that are not one call of ``model``, but calls of its submodules. Trainers use it. All that is
+        recorded makes one path, in call order, evaluation included: calls on different inputs belong into
+        passes of their own, and :meth:`end_pass` warns where all layers were called more than once.
         """
         self._recorder.begin_by_hand()
 

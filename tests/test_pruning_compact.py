@@ -136,6 +136,20 @@ def test_a_default_device_moves_nothing(strict: bool) -> None:
     assert torch.equal(applied(x), expected.model(x))
 
 
+@pytest.mark.parametrize(
+    "x", [torch.full((2, 3, 8, 8), float("nan")), torch.empty(0, 3, 8, 8)], ids=["NaN", "empty"]
+)
+def test_an_example_that_checks_nothing_is_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs: Residual gives no finite number"):
+        compact(dead(), x)
+
+
+@pytest.mark.parametrize("flag", ["strict", "inplace", "measure"])
+def test_a_flag_that_is_none_is_refused(flag: str) -> None:
+    with pytest.raises(TypeError, match=f"{flag}: expected True or False, got 'no'"):
+        compact(dead(), torch.randn(1, 3, 8, 8), **{flag: "no"})
+
+
 def test_inplace_cuts_the_model_itself() -> None:
     model = dead()
     source = copy.deepcopy(model)

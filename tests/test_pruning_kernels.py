@@ -135,6 +135,7 @@ SHARED = torch.tensor([0, 3])  # fits W only
         ([W], [], 0, ValueError, r"one index tensor per tensor \(1\), got 0"),
         ([W], [torch.tensor([0])], 2, ValueError, "no dimension"),
         ([W], [[0, 1]], 0, TypeError, "list"),
+        ([W.to_sparse()], [torch.tensor([0])], 0, TypeError, r"tensors\[0\]: expected a dense"),
         (W, [torch.tensor([0])], 0, TypeError, "one Tensor"),
     ],
 )

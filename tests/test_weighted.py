@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_no_worse_than_torch, random_features, reference_in
@@ -46,6 +47,14 @@ def test_weights_and_options_change_between_calls_on_the_same_features(fused: st
         assert_no_worse_than_torch(
             features, gradient=gradient, curvature=curvature, norm=norm, reduction=reduction, backend=fused
         )
+
+
+def test_numbers_of_numpy_are_weights(fused: str) -> None:
+    features = random_features(*[SHAPE] * 3)
+    expected = ffr_loss(features, gradient=3.0, curvature=2.0, backend=fused)
+    assert torch.equal(
+        ffr_loss(features, gradient=np.float32(3), curvature=np.int64(2), backend=fused), expected
+    )
 
 
 def test_wanting_other_gradients_than_the_call_before(fused: str) -> None:

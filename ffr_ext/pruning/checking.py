@@ -34,6 +34,11 @@ class Check:
                 f"compact: {type(source).__name__} returns no tensors for example_inputs, so nothing can "
                 "be compared"
             )
+        if not any(bool(t.isfinite().any()) for references in self.references for t in references):
+            raise ValueError(
+                f"example_inputs: {type(source).__name__} gives no finite number for them (an empty batch, or "
+                "NaN?), so nothing can be compared"
+            )
         self.max_output = max((_largest(t) for r in self.references for t in r), default=0.0)
         dtypes = {p.dtype for p in source.parameters() if p.is_floating_point()} or {torch.float32}
         self.dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,8 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     for index, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{index}]: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}[{index}]: expected a dense (strided) tensor, got layout {tensor.layout}")
     return listed
 
 
