@@ -210,9 +210,8 @@ def runs_eagerly() -> bool:
     """
     if torch.compiler.is_compiling() or transforms_active():
         return False
-    modes = getattr(
-        torch._C, "_len_torch_dispatch_stack", None
-    )  # make_fx, FakeTensorMode, FlopCounterMode, ...
+    # make_fx, FakeTensorMode, FlopCounterMode, ...
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
     before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
     traced = getattr(torch._C, "_get_tracing_state", None)  # torch.jit.trace
     return not (

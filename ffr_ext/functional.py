@@ -175,7 +175,7 @@ def penalty(
         else:
             stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
             entries = reference.safe_sqrt(stats) if per_sample else stats
-            loss, sums = (entries * scale.tensor).sum().to(dtype), stats.detach()
+            loss, sums = weighted.weighted_sum(entries, scale, dtype), stats.detach()
 
         def terms_of_sums() -> FlowTerms:
             rows = _split(sums, plan.stages, per_sample)

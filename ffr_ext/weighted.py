@@ -108,6 +108,36 @@ def weighted_flow(
     return loss, made[0]
 
 
+def _total(weights: EntryWeights, stats: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(weights * stats).sum().to(dtype)`, on the CPU added up one after another."""
+    vector, numbers = weights
+    if numbers is None:
+        return (vector * stats).sum().to(dtype)
+    total = sum(map(mul, numbers, stats.tolist()))
+    # scalar_tensor is twice as fast, but refuses what overflows instead of making it inf.
+    make = torch.scalar_tensor if abs(total) <= _FLOAT32_MAX else torch.tensor
+    return make(total, dtype=dtype, device=vector.device)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The same sum of stats that another node has made, to the same last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: EntryWeights, dtype: torch.dtype, stats: Tensor) -> Tensor:
+        ctx.vector = weights.tensor
+        return _total(weights, stats, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.vector * grad_loss
+
+
+def weighted_sum(stats: Tensor, weights: EntryWeights, dtype: torch.dtype) -> Tensor:
+    """`(weights * stats).sum().to(dtype)`, differentiable in stats; what `weighted_flow` returns for these."""
+    total: Tensor = _apply_sum(weights, dtype, stats)
+    return total
+
+
 class _WeightedFlow(torch.autograd.Function):
     """The node. Without setup_context: neither torch.func nor a tracer gets here (`autograd.runs_eagerly`)."""
 
@@ -123,7 +153,7 @@ class _WeightedFlow(torch.autograd.Function):
         made: list[Tensor],
         *features: Tensor,
     ) -> Tensor:
-        vector, numbers = weights
+        vector = weights.tensor
         stats = vector.new_empty(recipe.entries)
         saves_signs = wants_gradient and not squared
         signs = vector.new_empty(recipe.sign_bytes if saves_signs else 0, dtype=torch.uint8)
@@ -137,12 +167,7 @@ class _WeightedFlow(torch.autograd.Function):
                 ctx.save_for_backward(*features)
             else:
                 ctx.save_for_backward(signs)
-        if numbers is None:
-            return (vector * stats).sum().to(dtype)
-        total = sum(map(mul, numbers, stats.tolist()))
-        # scalar_tensor is twice as fast, but refuses what overflows instead of making it inf.
-        make = torch.scalar_tensor if abs(total) <= _FLOAT32_MAX else torch.tensor
-        return make(total, dtype=dtype, device=vector.device)
+        return _total(weights, stats, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -176,3 +201,4 @@ _NOT_FEATURES = 7
 _NONES = (None,) * _NOT_FEATURES
 # Without the argument binding that Function.apply does for functions with setup_context, and its check for torch.func.
 _apply = super(torch.autograd.Function, _WeightedFlow).apply
+_apply_sum = super(torch.autograd.Function, _WeightedSum).apply

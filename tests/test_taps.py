@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_ffr_loss(
     options = {"norm": norm, "curvature_kind": kind, "reduction": reduction, **weights}
     penalty, grads = tapped(model, x, **options)
     truth, true_grads = by_hand(model, x, **options)
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     assert_gradients_close(grads, true_grads, 1e-13)
 
 
@@ -131,7 +131,7 @@ def test_terms_across_stage_boundaries(norm: str, kind: str, sizes: tuple[int, i
     options = {"norm": norm, "curvature_kind": kind, "transition": "pool", "reduction": "sum"}
     penalty, grads = tapped(model, x, **options)
     truth, true_grads = by_hand(model, x, **options)
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     assert_gradients_close(grads, true_grads, 1e-13)
 
 
@@ -152,7 +152,7 @@ def test_terms_across_boundaries_that_only_add_channels(norm: str) -> None:
     model, x = Widening(), torch.randn(5, 3, dtype=torch.float64)
     penalty, grads = tapped(model, x, norm=norm, transition="pool")
     truth, true_grads = by_hand(model, x, norm=norm, transition="pool")
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     assert_gradients_close(grads, true_grads, 1e-13)
 
 
@@ -179,7 +179,7 @@ def test_layouts(norm: str, change: Callable[[int, Tensor], Tensor]) -> None:
     model, x = Chain(change=change), torch.randn(4, 3, 5, 6, dtype=torch.float64)
     penalty, grads = tapped(model, x, norm=norm)
     truth, true_grads = by_hand(model, x, norm=norm)
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     assert_gradients_close(grads, true_grads, 1e-13)
 
 
@@ -209,7 +209,7 @@ def test_dtypes(norm: str, change: Callable[[int, Tensor], Tensor]) -> None:
     truth.backward()
     (last,) = torch.autograd.grad(penalty, kept[-1])
     assert penalty.dtype == truth.dtype
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     torch.testing.assert_close(last, leaves[-1].grad, rtol=0, atol=0)
 
 
@@ -648,7 +648,7 @@ def test_a_tensor_captured_twice_a_leaf_and_two_outputs_of_one_node(norm: str) -
     model, x = Repeats(), torch.randn(4, 6, dtype=torch.float64)
     penalty, grads = tapped(model, x, norm=norm)
     truth, true_grads = by_hand(model, x, norm=norm)
-    torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+    torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
     assert_gradients_close(grads, true_grads, 1e-13)
 
 
@@ -685,7 +685,7 @@ def test_empty_and_tiny_features(shape: Sequence[int]) -> None:
         model, x = Chain(), torch.randn(*shape, dtype=torch.float64)
         penalty, grads = tapped(model, x, norm=norm)
         truth, true_grads = by_hand(model, x, norm=norm)
-        torch.testing.assert_close(penalty, truth, rtol=1e-15, atol=0)  # added up in another order
+        torch.testing.assert_close(penalty, truth, rtol=0, atol=0)
         assert_gradients_close(grads, true_grads, 1e-13)
 
 
