@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import backends
 
@@ -27,6 +28,7 @@ SCHEMAS = {
     "compact_filters": "(Tensor[] tensors, Tensor[] keep, int[] dims, Tensor(a!)[] outs) -> ()",
 }
 TRITON_SUFFIX = "_triton"
+NEW_TENSORS = "(Tensor[] tensors, Tensor[] keep, int[] dims) -> Tensor[]"  # of new_compacted and compacted
 
 _library = torch.library.Library("ffr_ext", "FRAGMENT")
 
@@ -41,10 +43,31 @@ def _declare() -> None:
             _library.impl(name + TRITON_SUFFIX, _triton_implementation(name), key)
         for op in (name, name + TRITON_SUFFIX):
             torch.library.register_fake(f"ffr_ext::{op}", _fills_its_outputs, lib=_library)
+    if not native:
+        _library.define("new_compacted" + NEW_TENSORS)
+        _library.define("compacted" + NEW_TENSORS)
+        _library.impl("new_compacted", _new_compacted, "CompositeExplicitAutograd")
+    for op in ("new_compacted", "compacted"):
+        torch.library.register_fake(f"ffr_ext::{op}", _new_compacted, lib=_library)
 
 
 def _fills_its_outputs(*_args: Any) -> None:
     """Fake of every op: shapes, dtypes and strides are those the caller allocated."""
+
+
+def _new_compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+    """The outs of `compact_filters`: dimensions in the order in memory of their source, without gaps. Where strides
+    tie the order is that of the dimensions, so that a [8, 4, 1, 1] weight in channels_last stays in channels_last.
+    """
+    outs = []
+    for tensor, index, dim in zip(tensors, keep, dims, strict=True):
+        sizes, strides, step = list(tensor.shape), [0] * tensor.dim(), 1
+        sizes[dim] = index.numel()
+        for d in sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))[::-1]:
+            strides[d] = step
+            step *= max(sizes[d], 1)
+        outs.append(tensor.new_empty_strided(sizes, strides))
+    return outs
 
 
 def _triton_implementation(name: str) -> Callable[..., None]:
@@ -57,6 +80,11 @@ def _triton_implementation(name: str) -> Callable[..., None]:
 
 
 _declare()
+
+# For a list of hundreds of tensors Python's part would take as long as the kernel's: `new_compacted` allocates what
+# `compact_filters` fills, on any device; `compacted` does both and checks the indices, natively and on the CPU only.
+new_compacted: Callable[..., list[Tensor]] = torch.ops.ffr_ext.new_compacted.default
+compacted: Callable[..., list[Tensor]] = torch.ops.ffr_ext.compacted.default
 
 
 class FlowKernels(NamedTuple):

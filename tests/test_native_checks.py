@@ -325,6 +325,7 @@ def compaction() -> dict[str, Any]:
         (dict(keep=change(0, lambda k: k.int())), r"keep\[0\] must be Long, got Int"),
         (dict(keep=change(0, lambda k: torch.tensor([0, 4]))), r"keep\[0\] must be in \[0, 4\), got 4"),
         (dict(keep=change(1, lambda k: torch.tensor([0, -1, 2]))), r"keep\[1\] must be in \[0, 5\), got -1"),
+        (dict(keep=change(1, lambda k: torch.tensor([2, 0, 2]))), r"keep\[1\] must be unique, got 2 more than once"),
         (dict(tensors=change(0, strided)), r"tensors\[0\] must be dense"),
         (
             dict(outs=change(0, lambda o: o.double())),
@@ -342,6 +343,23 @@ def test_compact_filters_refuses(bad: dict[str, Any], message: str) -> None:
     call("compact_filters", compaction())
     with pytest.raises(RuntimeError, match=message):
         call("compact_filters", compaction(), **bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (dict(keep=lambda k: k[:1]), "keep must have one entry for each of the 2 tensors, got 1"),
+        (dict(dims=lambda d: [0]), "dims must have one entry for each of the 2 tensors, got 1"),
+        (dict(dims=lambda d: [0, -1]), r"dims\[1\] must be in \[0, 4\) for tensors\[1\] .* got -1"),
+        (dict(keep=change(0, lambda k: k[None])), r"keep\[0\] must be contiguous with 1 dimension"),
+        (dict(tensors=change(0, strided)), r"tensors\[0\] must be dense"),
+    ],
+)
+def test_compacted_refuses(bad: dict[str, Any], message: str) -> None:
+    arguments = {name: value for name, value in compaction().items() if name != "outs"}
+    call("compacted", arguments)
+    with pytest.raises(RuntimeError, match=message):
+        call("compacted", arguments, **bad)
 
 
 @pytest.mark.parametrize(

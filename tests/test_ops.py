@@ -141,8 +141,53 @@ def test_packed_signs_are_nibbles_with_the_documented_codes() -> None:
         assert nibble(1, element) == code(c - b)
 
 
+WEIGHTS = {
+    "contiguous": torch.randn(6, 4, 3, 3),
+    "channels_last": torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+    "channels_last, 1x1": torch.randn(6, 4, 1, 1).contiguous(memory_format=torch.channels_last),
+    "transposed": torch.randn(4, 6).t(),
+    "depthwise": torch.randn(6, 1, 3, 3),
+    "vector": torch.randn(6).bfloat16(),
+    "no inputs": torch.randn(6, 0),
+    "3-D": torch.randn(2, 6, 5).permute(1, 2, 0).to(torch.float64),
+}
+
+
+def test_opcheck_of_the_pruning_kernels() -> None:
+    _native()
+    weights = list(WEIGHTS.values())
+    keep, dims = [torch.tensor([4, 1])] * len(weights), [0] * len(weights)
+    kernels = ops.filter_kernels("cpu")
+    torch.library.opcheck(kernels.norms, (weights, dims, 2.0, torch.empty(6 * len(weights)).double()))
+    outs = ops.new_compacted(weights, keep, dims)
+    torch.library.opcheck(kernels.compact, (weights, keep, dims, outs))
+    # compacted returns data, new_compacted none, so only the first has equal results twice.
+    torch.library.opcheck(ops.compacted, (weights, keep, dims))
+    torch.library.opcheck(
+        ops.new_compacted, (weights, keep, dims), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_new_tensors_lie_as_those_that_python_makes_without_the_library(name: str, kept: int) -> None:
+    _native()
+    weight = WEIGHTS[name]
+    for dim in range(weight.dim()):
+        keep = torch.arange(min(kept, weight.shape[dim]))
+        (expected,) = ops._new_compacted([weight], [keep], [dim])
+        (native,) = ops.new_compacted([weight], [keep], [dim])
+        assert (native.shape, native.stride(), native.dtype) == (
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+        )
+        assert torch.equal(ops.compacted([weight], [keep], [dim])[0], weight.index_select(dim, keep))
+
+
 def test_native_schemas_are_the_ones_python_declares_without_the_library() -> None:
     _native()
-    for name, schema in ops.SCHEMAS.items():
+    returning = dict.fromkeys(("new_compacted", "compacted"), ops.NEW_TENSORS)
+    for name, schema in (ops.SCHEMAS | returning).items():
         registered = getattr(torch.ops.ffr_ext, name).default._schema
         assert registered == torch._C.parse_schema(f"ffr_ext::{name}{schema}")

@@ -111,6 +111,20 @@ def test_gather_of_any_shapes(backend: str, data: st.DataObject) -> None:
         assert torch.equal(got, t.index_select(d, k))
 
 
+def test_a_gather_of_many_megabytes_is_exact_at_every_row_length_and_offset(backend: str) -> None:
+    """Large gathers are stored past the cache, whole lines at a time; rows begin and end anywhere in a line."""
+    pool = torch.randint(0, 256, (10_800_000,), dtype=torch.uint8)
+    rows = [(10_007, 1), (5_003, 250), (701, 2_304), (97, 18_433), (1_201, 1_001)]
+    tensors = [pool[offset : offset + n * size].view(n, size) for offset, (n, size) in enumerate(rows, 1)]
+    tensors.append(pool.view(2, 6, 900_000))
+    keep = [torch.arange(t.shape[0])[t.shape[0] % 3 :: 3] for t in tensors[:-1]] + [torch.tensor([5, 0, 1, 4])]
+    dims = [0] * len(rows) + [1]
+    got = compact_filters(tensors, keep, dims, backend=backend)
+    assert sum(t.numel() for t in got) >= 2**23
+    for t, k, d, g in zip(tensors, keep, dims, got, strict=True):
+        assert torch.equal(g, t.index_select(d, k))
+
+
 W = torch.zeros(4, 3)
 SHARED = torch.tensor([0, 3])  # fits W only
 

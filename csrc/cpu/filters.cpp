@@ -8,6 +8,10 @@
 
 #include "rows.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 namespace ffr {
 namespace {
 
@@ -90,7 +94,38 @@ void prefetch_start(const char* row, int64_t bytes) {
   for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 1024); byte += 64) __builtin_prefetch(row + byte);
 }
 
-void gather(const char* source, const int64_t* keep, int64_t rows, int64_t bytes, char* target) {
+// From this many bytes on a gather's results do not stay in the cache anyway, and are written around it: a
+// line that is stored whole need not be read first, a third of the traffic (docs/performance.md).
+constexpr int64_t kStreamBytes = 8 << 20;
+constexpr int64_t kLine = 64;
+
+// Copies past the cache: whole lines of the target, and what is left at both ends as usual.
+void stream(char* target, const char* source, int64_t bytes) {
+#if defined(__x86_64__)
+  const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & (kLine - 1), bytes);
+  memcpy(target, source, static_cast<size_t>(head));
+  int64_t at = head;
+  for (; at + kLine <= bytes; at += kLine) {
+    for (int64_t part = 0; part < kLine; part += 16) {
+      const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + at + part), word);
+    }
+  }
+  memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
+#else
+  memcpy(target, source, static_cast<size_t>(bytes));
+#endif
+}
+
+// Streamed stores are ordered after nothing else: before another thread reads them, wait for them.
+void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void gather(const char* source, const int64_t* keep, int64_t rows, int64_t bytes, bool streamed,
+            char* target) {
   switch (bytes) {
     case 1:
       return gather_fixed<1>(source, keep, rows, target);
@@ -112,7 +147,13 @@ void gather(const char* source, const int64_t* keep, int64_t rows, int64_t bytes
     int64_t run = 1;
     while (k + run < rows && keep[k + run] == keep[k] + run) ++run;
     if (k + run < rows) prefetch_start(source + keep[k + run] * bytes, bytes);
-    memcpy(target + k * bytes, source + keep[k] * bytes, static_cast<size_t>(run * bytes));
+    char* to = target + k * bytes;
+    const char* from = source + keep[k] * bytes;
+    if (streamed && run * bytes >= 4 * kLine) {
+      stream(to, from, run * bytes);
+    } else {
+      memcpy(to, from, static_cast<size_t>(run * bytes));
+    }
     k += run;
   }
 }
@@ -181,6 +222,7 @@ void compact_filters(const GatherTensor* tensors, int64_t num_tensors, ParallelF
     bytes += slices * slice_bytes(t);
   }
   const int64_t grain = std::max<int64_t>(1, first.back() * kChunkBytes / std::max<int64_t>(bytes, 1));
+  const bool streamed = bytes >= kStreamBytes;
   for_each_chunk(first, grain, parallel_for, [&](int64_t number, int64_t chunk) {
     const GatherTensor& t = tensors[number];
     const int64_t size = slice_bytes(t), slices = t.split.outer * t.num_keep;
@@ -189,9 +231,10 @@ void compact_filters(const GatherTensor* tensors, int64_t num_tensors, ParallelF
       const int64_t outer = slice / t.num_keep, k = slice % t.num_keep;
       const int64_t rows = std::min(t.num_keep - k, end - slice);
       gather(static_cast<const char*>(t.source) + outer * t.split.dim * size, t.keep + k, rows, size,
-             static_cast<char*>(t.target) + slice * size);
+             streamed, static_cast<char*>(t.target) + slice * size);
       slice += rows;
     }
+    if (streamed) stream_fence();
   });
 }
 

@@ -1,17 +1,23 @@
 // The arguments of filter_norms and compact_filters, checked and taken apart for the kernels (see checks.h).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "../cpu/filters.h"
 #include "checks.h"
 
 namespace ffr {
 
-// Splits a tensor at `dim`, or refuses it: no such dimension, or gaps or overlaps in its storage.
-inline DimSplit check_split(const Name& name, const Tensor& t, const Name& dim_name, int64_t dim) {
+inline void check_dim(const Name& name, const Tensor& t, const Name& dim_name, int64_t dim) {
   STD_TORCH_CHECK(dim >= 0 && dim < t.dim(), dim_name, " must be in [0, ", t.dim(), ") for ", name,
                   " of sizes ", show(t.sizes()), ", got ", dim);
+}
+
+// Splits a tensor at `dim`, or refuses it: no such dimension, or gaps or overlaps in its storage.
+inline DimSplit check_split(const Name& name, const Tensor& t, const Name& dim_name, int64_t dim) {
+  check_dim(name, t, dim_name, dim);
   DimSplit split;
   STD_TORCH_CHECK(split_at_dim(t.sizes().data(), t.strides().data(), t.dim(), dim, &split), name,
                   " must be dense (no gaps, no overlaps), got sizes ", show(t.sizes()), " and strides ",
@@ -40,18 +46,42 @@ inline std::vector<NormTensor> check_filter_norms(const std::vector<Tensor>& wei
   return tensors;
 }
 
+// What is left of a tensor when `kept` slices of dimension `dim` stay: its dimensions in the same order in
+// memory, without gaps. Dimensions whose strides tie keep their order, so that a [8, 4, 1, 1] weight in
+// channels_last, with strides (4, 1, 4, 4), stays in channels_last.
+struct KeptLayout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+};
+inline KeptLayout kept_layout(const Tensor& source, int64_t dim, int64_t kept) {
+  const auto sizes = source.sizes(), strides = source.strides();
+  KeptLayout layout{{sizes.data(), sizes.data() + sizes.size()}, std::vector<int64_t>(sizes.size())};
+  layout.sizes[dim] = kept;
+  std::vector<int64_t> order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  int64_t stride = 1;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    layout.strides[*d] = stride;
+    stride *= std::max<int64_t>(layout.sizes[*d], 1);
+  }
+  return layout;
+}
+
+inline void check_one_each(const char* list, size_t size, size_t tensors) {
+  STD_TORCH_CHECK(size == tensors, list, " must have one entry for each of the ", tensors, " tensors, got ",
+                  size);
+}
+
 // keep's values are not looked at: on CUDA that would wait for the device.
 inline std::vector<GatherTensor> check_compact_filters(const std::vector<Tensor>& tensors,
                                                        const std::vector<Tensor>& keep,
                                                        const std::vector<int64_t>& dims,
                                                        const std::vector<Tensor>& outs) {
-  const auto one_each = [&](const char* list, size_t size) {
-    STD_TORCH_CHECK(size == tensors.size(), list, " must have one entry for each of the ", tensors.size(),
-                    " tensors, got ", size);
-  };
-  one_each("keep", keep.size());
-  one_each("dims", dims.size());
-  one_each("outs", outs.size());
+  check_one_each("keep", keep.size(), tensors.size());
+  check_one_each("dims", dims.size(), tensors.size());
+  check_one_each("outs", outs.size(), tensors.size());
   std::vector<GatherTensor> gathers;
   for (int64_t i = 0; i < size_of(tensors); ++i) {
     const Tensor &source = tensors[i], &out = outs[i];
@@ -65,23 +95,14 @@ inline std::vector<GatherTensor> check_compact_filters(const std::vector<Tensor>
     const int64_t dim = dims[i];
     const DimSplit split = check_split({"tensors", i}, source, {"dims", i}, dim);
 
-    // outs[i] = source.index_select(dim, keep[i]) with the source's order of strides: what lies outside of
-    // `dim` moves together or apart, what lies inside stays, and `dim` itself steps over the inside.
-    const auto sizes = source.sizes(), strides = source.strides();
-    std::vector<int64_t> want_sizes(sizes.data(), sizes.data() + sizes.size()), want_strides(sizes.size());
-    want_sizes[dim] = keep[i].numel();
+    const KeptLayout want = kept_layout(source, dim, keep[i].numel());
     bool fits = out.dim() == source.dim();
-    for (int64_t d = 0; d < source.dim(); ++d) {
-      // split.dim is 0 only in a tensor without elements, whose strides say nothing.
-      const bool outside = d != dim && split.dim > 0 && strides[d] >= split.inner * split.dim;
-      want_strides[d] = d == dim  ? split.inner
-                        : outside ? strides[d] / split.dim * want_sizes[dim]
-                                  : strides[d];
-      fits = fits && out.size(d) == want_sizes[d] &&
-             (want_sizes[d] <= 1 || out.numel() == 0 || out.stride(d) == want_strides[d]);
+    for (int64_t d = 0; fits && d < source.dim(); ++d) {
+      fits = out.size(d) == want.sizes[d] &&
+             (want.sizes[d] <= 1 || out.numel() == 0 || out.stride(d) == want.strides[d]);
     }
-    STD_TORCH_CHECK(fits, Name{"outs", i}, " must have sizes ", show(want_sizes), " and strides ",
-                    show(want_strides), "; got ", show(out.sizes()), " and ", show(out.strides()));
+    STD_TORCH_CHECK(fits, Name{"outs", i}, " must have sizes ", show(want.sizes), " and strides ",
+                    show(want.strides), "; got ", show(out.sizes()), " and ", show(out.strides()));
     gathers.push_back({static_cast<int64_t>(source.element_size()), split, source.const_data_ptr(),
                        static_cast<const int64_t*>(keep[i].const_data_ptr()), keep[i].numel(),
                        out.mutable_data_ptr()});

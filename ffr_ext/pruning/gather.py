@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends, ops
-from .layout import in_order, inverse, permuted, stride_order, tensor_list
+from .layout import dense, tensor_list
 from .norms import dims_of
 
 
@@ -40,58 +40,59 @@ def compact_filters(
         IndexError: an index is negative or too large.
         All are raised before anything is computed.
     """
+    if backend in ("auto", "cpu") and backends.native() is not None:
+        # Checked natively. What that refuses (other devices, gaps, anything wrong) is sorted out below, where the
+        # errors speak of the caller's arguments.
+        with suppress(Exception), torch.no_grad():
+            return ops.compacted(tensors, keep, [dim] * len(tensors) if isinstance(dim, int) else dim)
     sources = tensor_list("tensors", tensors)
     indices = tensor_list("keep", keep)
     if len(indices) != len(sources):
         raise ValueError(f"keep: expected one index tensor per tensor ({len(sources)}), got {len(indices)}")
     dims = dims_of("dim", dim, sources)
-    _check_indices(indices, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
-    moved: dict[tuple[int, torch.device], Tensor] = {}
-    jobs: dict[torch.device, list[_Job]] = {}
-    results: list[Tensor] = []
-    with torch.no_grad():
-        for tensor, index, d in zip(sources, indices, dims, strict=True):
-            device, order = tensor.device, stride_order(tensor)
-            shape = list(tensor.shape)
-            shape[d] = index.numel()
-            target = tensor.new_empty(shape if in_order(order) else [shape[o] for o in order])
-            results.append(permuted(target, inverse(order)))
-            key = id(index), device
-            if key not in moved:
-                moved[key] = index.to(device).contiguous()
-            jobs.setdefault(device, []).append(_Job(tensor, moved[key], d, order, target))
-        for device, members in jobs.items():
-            _gather(members, backends.resolve(backend, device.type))
-    return results
+    for i, index in enumerate(indices):
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(sources):
+        by_device.setdefault(tensor.device, []).append(i)
+    results: dict[int, Tensor] = {}
+    for members in by_device.values():
+        if len(by_device) == 1:
+            return _gather(sources, indices, dims, backend)
+        parts = ([each[i] for i in members] for each in (sources, indices, dims))
+        results.update(zip(members, _gather(*parts, backend), strict=True))
+    return [results[i] for i in range(len(sources))]
 
 
-class _Job(NamedTuple):
-    source: Tensor
-    keep: Tensor
-    dim: int
-    order: list[int]  # of the source's dimensions in memory
-    target: Tensor  # contiguous, its dimensions in that order
-
-
-def _gather(jobs: list[_Job], backend: str) -> None:
-    sources = [permuted(job.source.detach(), job.order) for job in jobs]
-    keep, targets = [job.keep for job in jobs], [job.target for job in jobs]
-    dims = [job.order.index(job.dim) for job in jobs]
-    if backend == "reference":
-        for source, index, dim, target in zip(sources, keep, dims, targets, strict=True):
-            torch.index_select(source, dim, index, out=target)
-        return
-    dense = [source if source.is_contiguous() else source.contiguous() for source in sources]
-    ops.filter_kernels(backend).compact(dense, keep, dims, targets)
+@torch.no_grad()
+def _gather(sources: list[Tensor], keep: list[Tensor], dims: list[int], backend: str) -> list[Tensor]:
+    """`compact_filters` of tensors of one device."""
+    device = sources[0].device
+    concrete = backends.resolve(backend, device.type)
+    if concrete != "cpu":  # whose kernel looks at every index itself, without a wait or a sort
+        _check_indices(keep, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
+    if not all(index.device == device and index.is_contiguous() for index in keep):
+        moved = {id(index): index.to(device).contiguous() for index in keep}
+        keep = [moved[id(index)] for index in keep]
+    outs = ops.new_compacted(sources, keep, dims)
+    if concrete == "reference":
+        for source, index, dim, out in zip(sources, keep, dims, outs, strict=True):
+            torch.index_select(source, dim, index, out=out)
+        return outs
+    ready = [source if source.is_contiguous() else dense(source) for source in sources]
+    try:
+        ops.filter_kernels(concrete).compact(ready, keep, dims, outs)
+    except RuntimeError:
+        _check_indices(keep, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
+        raise
+    return outs
 
 
 def _check_indices(indices: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """All index tensors of a device in a few operators and one look at the result: a network has hundreds, and on a
     GPU every look waits. Which one is wrong, and how, is looked up only when one is.
     """
-    for i, index in enumerate(indices):
-        if index.dtype != torch.int64 or index.dim() != 1:
-            raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
     # By device, and once for every (id of an index tensor, size): its first place in the list.
     by_device: dict[torch.device, dict[tuple[int, int], int]] = {}
     for i, (index, size) in enumerate(zip(indices, sizes, strict=True)):

@@ -48,6 +48,13 @@ def permuted(tensor: Tensor, order: list[int]) -> Tensor:
     return tensor if in_order(order) else tensor.permute(order)
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or a copy without gaps and overlaps whose dimensions have the same order in memory."""
+    order = stride_order(tensor)
+    ordered = permuted(tensor, order)
+    return tensor if ordered.is_contiguous() else permuted(ordered.contiguous(), inverse(order))
+
+
 def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its
     dimensions."""
