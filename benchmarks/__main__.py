@@ -1,19 +1,23 @@
 """`python -m benchmarks`: measure everything on this machine and write `benchmarks/results/`.
 
-python -m benchmarks                      all benchmarks on the GPU if there is one, else on the CPU, then
-the report python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write python -m benchmarks step
---device cuda python -m benchmarks report               tables, plots and the README's table from the
-results on disk
+python -m benchmarks            all benchmarks, on the GPU if there is one, else on the CPU, then the report
+python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write
+python -m benchmarks loss --processes 5       medians over fresh processes
+python -m benchmarks step --device cuda
+python -m benchmarks report     tables, plots and the README's table from the results on disk
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from . import bench_compaction, bench_loss, bench_scaling, bench_step, report, results
-from .harness import QUICK, Options
+from . import bench_compaction, bench_loss, bench_scaling, bench_step, processes, report, results
+from .harness import QUICK, Options, Row
 
 BENCHES = {
     "loss": bench_loss.main,
@@ -39,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--tiny", action="store_true", help="tiny shapes, two rounds, nothing written: a smoke test"
     )
     parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--processes", type=int, default=1, help="measure in as many fresh processes")
+    parser.add_argument(
+        "--rows", type=Path, help=argparse.SUPPRESS
+    )  # where a process of many leaves its rows
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.bench != "report":
@@ -47,22 +56,34 @@ def main(arguments: list[str] | None = None) -> int:
         for name, run in BENCHES.items():
             if options.bench not in ("all", name):
                 continue
-            rows = run(
-                Options(
-                    device=options.device,
-                    only=options.only,
-                    providers=options.providers,
-                    modes=options.modes,
-                    effort=QUICK if options.tiny else None,
-                    tiny=options.tiny,
-                    report=results.print_table,
-                )
-            )
+            rows = _rows(name, run, options, given)
+            if options.rows:
+                processes.save(rows, options.rows)
             if not (options.no_write or options.tiny):
                 print(f"wrote {results.write(name, rows, options.device)}")
     if options.bench == "report" or (options.bench == "all" and not (options.no_write or options.tiny)):
         report.main()
     return 0
+
+
+def _rows(
+    name: str, run: Callable[[Options], list[Row]], options: argparse.Namespace, given: list[str]
+) -> list[Row]:
+    """The rows of one benchmark, of this process or of those that it starts."""
+    if options.processes > 1 and options.rows is None:
+        rest = given[1:] if given and given[0] == options.bench else given
+        return processes.measured_in_processes([name, *rest], options.processes)
+    return run(
+        Options(
+            device=options.device,
+            only=options.only,
+            providers=options.providers,
+            modes=options.modes,
+            effort=QUICK if options.tiny else None,
+            tiny=options.tiny,
+            report=results.print_table,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def loss_table(rows: Sequence[Line]) -> list[str]:
                 milliseconds(eager["ms"]),
                 milliseconds(compiled["ms"]) if compiled else "",
                 milliseconds(ours["ms"]),
-                f"{eager['ms'] / ours['ms']:.1f}x",
+                f"{eager['ms'] / ours['ms']:.1f}x{of_processes(eager, ours)}",
                 f"{compiled['ms'] / ours['ms']:.2f}x" if compiled else "",
                 f"{ours['copy_percent']:.0f} %",
                 f"{megabytes(eager['peak_bytes'])} / {megabytes(ours['peak_bytes'])}",
@@ -113,6 +113,13 @@ def loss_table(rows: Sequence[Line]) -> list[str]:
         )
     columns = ["l1 loss, forward + backward", "eager", "torch.compile", "ffr_ext", "vs eager", "vs compile"]
     return table([*columns, "of a copy", "peak memory eager / ours"], lines) if lines else []
+
+
+def of_processes(slow: Line, fast: Line) -> str:
+    """The least and the greatest ratio of the two in one process, where they were measured in several."""
+    pairs = zip(slow.get("ms_of_processes", ()), fast.get("ms_of_processes", ()), strict=True)
+    ratios = [a / b for a, b in pairs]
+    return f" ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else ""
 
 
 def step_table(rows: Sequence[Line]) -> list[str]:
@@ -203,7 +210,7 @@ def readme_block(runs: Sequence[Run]) -> str:
     if not parts:
         return "No results yet: `make bench` makes them.\n"
     note = "Made by `python -m benchmarks report` from `benchmarks/results/`: medians, "
-    note += "all providers measured in turns in one run."
+    note += "all providers measured in turns in one process; where a range is given, over several processes."
     return "\n".join([note, "", *parts]).rstrip() + "\n"
 
 

@@ -61,9 +61,9 @@ def _new_compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -
     """
     outs = []
     for tensor, index, dim in zip(tensors, keep, dims, strict=True):
-        sizes, strides, step = list(tensor.shape), [0] * tensor.dim(), 1
+        sizes, strides, step, old = list(tensor.shape), [0] * tensor.dim(), 1, tensor.stride()
         sizes[dim] = index.numel()
-        for d in sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))[::-1]:
+        for d in sorted(range(tensor.dim()), key=[(stride, -d) for d, stride in enumerate(old)].__getitem__):
             strides[d] = step
             step *= max(sizes[d], 1)
         outs.append(tensor.new_empty_strided(sizes, strides))

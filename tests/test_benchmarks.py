@@ -20,10 +20,12 @@ from benchmarks import (
     bench_step,
     first_call,
     harness,
+    processes,
     report,
     results,
     scaling_law,
 )
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.harness import QUICK, Options, Row, Subject
 from benchmarks.shapes import SETTINGS, make_features, shrink
 from benchmarks.truth import Truth
@@ -68,6 +70,27 @@ def row(**changes: object) -> Row:
 # --------------------------------------------------------------------------------------------------
 # Every benchmark runs
 # --------------------------------------------------------------------------------------------------
+
+
+def test_runs_in_processes_of_their_own_are_merged_into_medians() -> None:
+    runs = [
+        [row(ms=ms, samples=2, error=error, peak_bytes=None), row(provider="cpu", ms=1.0)]
+        for ms, error in ((5.0, 1e-7), (2.0, 3e-7), (3.0, 2e-7))
+    ]
+    eager, ours = processes.merged(runs)
+    assert (eager.ms, eager.samples, eager.error, eager.peak_bytes) == (3.0, 6, 3e-7, None)
+    assert eager.config["processes"] == 3
+    assert eager.config["ms_of_processes"] == [5.0, 2.0, 3.0]
+    assert report.of_processes(harness.as_dict(eager), harness.as_dict(ours)) == " (2.0 to 5.0)"
+    assert report.of_processes(harness.as_dict(row()), harness.as_dict(row())) == ""
+
+
+def test_a_benchmark_measures_in_fresh_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["loss", "--only", "tiny3", "--modes", "forward", "--providers", "eager", "--tiny"]
+    assert benchmarks_main([*arguments, "--processes", "2"]) == 0
+    printed = capfd.readouterr().out
+    assert "# process 2 of 2" in printed
+    assert printed.count(" eager ") == 3  # one line of each process, and the medians
 
 
 @pytest.mark.parametrize("setting", [s.name for s in SETTINGS.values() if not s.gpu_only] + ["variants"])

@@ -325,7 +325,10 @@ def compaction() -> dict[str, Any]:
         (dict(keep=change(0, lambda k: k.int())), r"keep\[0\] must be Long, got Int"),
         (dict(keep=change(0, lambda k: torch.tensor([0, 4]))), r"keep\[0\] must be in \[0, 4\), got 4"),
         (dict(keep=change(1, lambda k: torch.tensor([0, -1, 2]))), r"keep\[1\] must be in \[0, 5\), got -1"),
-        (dict(keep=change(1, lambda k: torch.tensor([2, 0, 2]))), r"keep\[1\] must be unique, got 2 more than once"),
+        (
+            dict(keep=change(1, lambda k: torch.tensor([2, 0, 2]))),
+            r"keep\[1\] must be unique, got 2 more than once",
+        ),
         (dict(tensors=change(0, strided)), r"tensors\[0\] must be dense"),
         (
             dict(outs=change(0, lambda o: o.double())),

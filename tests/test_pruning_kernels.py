@@ -117,7 +117,9 @@ def test_a_gather_of_many_megabytes_is_exact_at_every_row_length_and_offset(back
     rows = [(10_007, 1), (5_003, 250), (701, 2_304), (97, 18_433), (1_201, 1_001)]
     tensors = [pool[offset : offset + n * size].view(n, size) for offset, (n, size) in enumerate(rows, 1)]
     tensors.append(pool.view(2, 6, 900_000))
-    keep = [torch.arange(t.shape[0])[t.shape[0] % 3 :: 3] for t in tensors[:-1]] + [torch.tensor([5, 0, 1, 4])]
+    keep = [torch.arange(t.shape[0])[t.shape[0] % 3 :: 3] for t in tensors[:-1]] + [
+        torch.tensor([5, 0, 1, 4])
+    ]
     dims = [0] * len(rows) + [1]
     got = compact_filters(tensors, keep, dims, backend=backend)
     assert sum(t.numel() for t in got) >= 2**23

@@ -20,26 +20,45 @@ namespace {
 constexpr int64_t kChunkElements = 32768;
 constexpr int64_t kChunkBytes = 131072;
 
-// A parallel loop over the chunks of a list of tensors: first[i] is the number of tensor i's first chunk.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The work on a list of tensors, one after another, in whatever unit: `total` for each, in chunks of `chunk`.
+struct Work {
+  std::vector<int64_t> first{0};  // of tensor i, in the list's work; and the end of all
+  std::vector<int64_t> chunk;
+
+  void add(int64_t total, int64_t of_chunk) {
+    first.push_back(first.back() + total);
+    chunk.push_back(std::max<int64_t>(of_chunk, 1));
+  }
+};
+
+// A parallel loop over the chunks of all tensors, body(tensor, chunk). Threads get equal shares of the work,
+// not of the chunks: half of the tensors of a network are vectors, and most of them belong to its first half.
 template <typename F>
-void for_each_chunk(const std::vector<int64_t>& first, int64_t grain, ParallelFor parallel_for,
-                    const F& body) {
+void for_each_chunk(const Work& work, int64_t grain, ParallelFor parallel_for, const F& body) {
+  const auto& first = work.first;
   parallel_call(parallel_for, first.back(), grain, [&](int64_t begin, int64_t end) {
-    auto tensor = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      while (chunk >= first[static_cast<size_t>(tensor) + 1]) ++tensor;
-      body(tensor, chunk - first[static_cast<size_t>(tensor)]);
+    auto tensor =
+        static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1);
+    for (; tensor < work.chunk.size() && first[tensor] < end; ++tensor) {
+      // The chunks that begin in [begin, end).
+      const int64_t size = work.chunk[tensor], offset = first[tensor];
+      const int64_t stop = std::min(end, first[tensor + 1]) - offset;
+      for (int64_t chunk = ceil_div(std::max<int64_t>(begin - offset, 0), size); chunk * size < stop; ++chunk)
+        body(tensor, chunk);
     }
   });
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Filters whose elements lie in many short runs (dim 1, or channels_last): a column of sums for each place in
-// a run is kept, and the runs of neighbouring filters are added to the columns as one long run.
+// Filters whose elements lie in many short runs (dim 1, or channels_last) or in one very short run (a bias):
+// a column of sums for each place in a run is kept, and the runs of neighbouring filters are added to the
+// columns as one long run.
 constexpr int64_t kColumns = 1024;  // 8 KiB of sums: a quarter of the L1 cache
 
-bool by_columns(const DimSplit& split) { return split.outer > 1 && split.inner <= kColumns / 8; }
+bool by_columns(const DimSplit& split) {
+  return split.inner <= (split.outer > 1 ? kColumns / 8 : kColumns / 128);
+}
 
 int64_t filters_per_chunk(const DimSplit& split) {
   const int64_t wanted = kChunkElements / std::max<int64_t>(split.outer * split.inner, 1);
@@ -68,10 +87,9 @@ void norms_of_chunk(const NormTensor& tensor, Norm norm, int64_t begin, int64_t 
     double columns[kColumns] = {};
     const int64_t count = (end - begin) * split.inner;
     for (int64_t outer = 0; outer < split.outer; ++outer) add(at(outer, begin), count, columns);
-    for (int64_t i = 0; i < count; ++i) {
-      double& sum = norms[begin + i / split.inner];
-      sum = combine(norm, sum, columns[i]);
-    }
+    const double* column = columns;
+    for (int64_t filter = begin; filter < end; ++filter)
+      for (int64_t i = 0; i < split.inner; ++i) norms[filter] = combine(norm, norms[filter], *column++);
   } else {
     const NormOfRun norm_of_run = row_kernels().norm_of_run[type][static_cast<int>(norm)];
     for (int64_t outer = 0; outer < split.outer; ++outer)
@@ -186,24 +204,19 @@ bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, in
 void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
                   ParallelFor parallel_for) {
   const Norm norm = p == 1.0 ? Norm::kL1 : p == 2.0 ? Norm::kL2 : Norm::kInf;
-  std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);
-  std::vector<double*> outputs(static_cast<size_t>(num_tensors));
-  int64_t elements = 0;
+  Work work;  // in elements, and for each filter what its root and its share of the calls cost
+  std::vector<double*> outputs;
   for (int64_t i = 0; i < num_tensors; ++i) {
     const DimSplit& split = tensors[i].split;
-    first[static_cast<size_t>(i) + 1] =
-        first[static_cast<size_t>(i)] + ceil_div(split.dim, filters_per_chunk(split));
-    outputs[static_cast<size_t>(i)] = norms;
+    const int64_t of_filter = split.outer * split.inner + 8;
+    work.add(split.dim * of_filter, filters_per_chunk(split) * of_filter);
+    outputs.push_back(norms);
     norms += split.dim;
-    elements += split.outer * split.dim * split.inner;
   }
-  const int64_t grain = std::max<int64_t>(1, first.back() * kChunkElements / std::max<int64_t>(elements, 1));
-  for_each_chunk(first, grain, parallel_for, [&](int64_t number, int64_t chunk) {
+  for_each_chunk(work, kChunkElements, parallel_for, [&](size_t number, int64_t chunk) {
     const NormTensor& tensor = tensors[number];
-    double* output = outputs[static_cast<size_t>(number)];
     const int64_t size = filters_per_chunk(tensor.split), begin = chunk * size;
-    const int64_t end = std::min(begin + size, tensor.split.dim);
-    norms_of_chunk(tensor, norm, begin, end, output);
+    norms_of_chunk(tensor, norm, begin, std::min(begin + size, tensor.split.dim), outputs[number]);
   });
 }
 
@@ -213,17 +226,13 @@ void compact_filters(const GatherTensor* tensors, int64_t num_tensors, ParallelF
   const auto slices_per_chunk = [&](const GatherTensor& t) {
     return std::max<int64_t>(kChunkBytes / std::max<int64_t>(slice_bytes(t), 1), 1);
   };
-  std::vector<int64_t> first(static_cast<size_t>(num_tensors) + 1, 0);
-  int64_t bytes = 0;
+  Work work;  // in bytes
   for (int64_t i = 0; i < num_tensors; ++i) {
     const GatherTensor& t = tensors[i];
-    const int64_t slices = slice_bytes(t) == 0 ? 0 : t.split.outer * t.num_keep;
-    first[static_cast<size_t>(i) + 1] = first[static_cast<size_t>(i)] + ceil_div(slices, slices_per_chunk(t));
-    bytes += slices * slice_bytes(t);
+    work.add(t.split.outer * t.num_keep * slice_bytes(t), slices_per_chunk(t) * slice_bytes(t));
   }
-  const int64_t grain = std::max<int64_t>(1, first.back() * kChunkBytes / std::max<int64_t>(bytes, 1));
-  const bool streamed = bytes >= kStreamBytes;
-  for_each_chunk(first, grain, parallel_for, [&](int64_t number, int64_t chunk) {
+  const bool streamed = work.first.back() >= kStreamBytes;
+  for_each_chunk(work, kChunkBytes, parallel_for, [&](size_t number, int64_t chunk) {
     const GatherTensor& t = tensors[number];
     const int64_t size = slice_bytes(t), slices = t.split.outer * t.num_keep;
     const int64_t end = std::min((chunk + 1) * slices_per_chunk(t), slices);

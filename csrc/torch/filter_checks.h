@@ -59,8 +59,7 @@ inline KeptLayout kept_layout(const Tensor& source, int64_t dim, int64_t kept) {
   layout.sizes[dim] = kept;
   std::vector<int64_t> order(sizes.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
   int64_t stride = 1;
   for (auto d = order.rbegin(); d != order.rend(); ++d) {
     layout.strides[*d] = stride;

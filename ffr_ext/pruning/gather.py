@@ -58,10 +58,8 @@ def compact_filters(
         by_device.setdefault(tensor.device, []).append(i)
     results: dict[int, Tensor] = {}
     for members in by_device.values():
-        if len(by_device) == 1:
-            return _gather(sources, indices, dims, backend)
-        parts = ([each[i] for i in members] for each in (sources, indices, dims))
-        results.update(zip(members, _gather(*parts, backend), strict=True))
+        chosen = [sources[i] for i in members], [indices[i] for i in members], [dims[i] for i in members]
+        results.update(zip(members, _gather(*chosen, backend), strict=True))
     return [results[i] for i in range(len(sources))]
 
 

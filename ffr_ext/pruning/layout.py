@@ -1,5 +1,4 @@
-"""Memory layouts for the pruning kernels: they see contiguous tensors, whatever order the strides of the
-user's are in."""
+"""Lists of tensors as the pruning kernels take them: dense, their dimensions in any order in memory."""
 
 from __future__ import annotations
 
@@ -22,41 +21,11 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     return listed
 
 
-def stride_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the largest stride to the smallest. The sort is stable, so that a [O, I, 1, 1]
-    weight in channels_last, whose strides (I, 1, I, I) tie, comes out as channels_last and not as
-    contiguous."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda d: -strides[d])
-
-
-def in_order(order: list[int]) -> bool:
-    """Whether a permutation changes nothing: the usual case, in loops over all weights of a network."""
-    return order == _NATURAL[len(order)] if len(order) < len(_NATURAL) else order == sorted(order)
-
-
-_NATURAL = [list(range(rank)) for rank in range(6)]
-
-
-def inverse(order: list[int]) -> list[int]:
-    """The permutation that undoes `order`."""
-    return order if in_order(order) else [order.index(d) for d in range(len(order))]
-
-
-def permuted(tensor: Tensor, order: list[int]) -> Tensor:
-    """`tensor.permute(order)`, or the tensor itself where that is the same."""
-    return tensor if in_order(order) else tensor.permute(order)
-
-
 def dense(tensor: Tensor) -> Tensor:
     """`tensor` itself, or a copy without gaps and overlaps whose dimensions have the same order in memory."""
-    order = stride_order(tensor)
-    ordered = permuted(tensor, order)
-    return tensor if ordered.is_contiguous() else permuted(ordered.contiguous(), inverse(order))
-
-
-def as_contiguous(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """A contiguous permutation of `tensor` (a view where it is dense, else a copy) and the order of its
-    dimensions."""
-    order = stride_order(tensor)
-    return permuted(tensor.detach(), order).contiguous(), order
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+    ordered = tensor.permute(order)
+    if ordered.is_contiguous():
+        return tensor
+    return ordered.contiguous().permute([order.index(d) for d in range(len(order))])
