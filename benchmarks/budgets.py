@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffr_ext import FeatureFlow, backends, ffr_loss
+from ffr_ext import FeatureFlow, backends, compact_filters, ffr_loss, filter_norms
 
 from . import networks
 from .harness import memory_timeline, profiled
@@ -155,6 +155,20 @@ def count_flow(backend: str) -> dict[str, Counts]:
     return {f"{backend}/FeatureFlow/step": {key: penalised_counts[key] - plain[key] for key in plain}}
 
 
+def count_filters(backend: str) -> dict[str, Counts]:
+    """Norms and gather of the weights and vectors of a small ResNet: what a list of many tensors costs."""
+    device = "cpu" if backend == "cpu" else "cuda"
+    tensors = [t for t in networks.cifar_resnet(20).to(device).state_dict().values() if t.dim() > 0]
+    keep = [torch.arange(0, t.shape[0], 2, device=device) for t in tensors]
+    runs: dict[str, Callable[[], Any]] = {
+        "filter_norms": lambda: filter_norms(tensors, backend=backend),
+        "compact_filters": lambda: compact_filters(tensors, keep, backend=backend),
+    }
+    for run in runs.values():
+        run()
+    return {f"{backend}/{name}/resnet20": count_run(run, device) for name, run in runs.items()}
+
+
 def count_here() -> dict[str, Counts]:
     """Everything that can be counted in this process."""
     found: dict[str, Counts] = {}
@@ -163,6 +177,7 @@ def count_here() -> dict[str, Counts]:
             for name in LOSSES:
                 found.update(count_loss(name, backend))
             found.update(count_flow(backend))
+            found.update(count_filters(backend))
     return found
 
 
@@ -170,12 +185,12 @@ def count_here() -> dict[str, Counts]:
 # Counting instructions
 # --------------------------------------------------------------------------------------------------
 
-NATIVE_LENGTH, NATIVE_NUMEL = 5, 8192
+NATIVE_LENGTH, NATIVE_FILTERS, NATIVE_NUMEL = 5, 64, 8192
 NATIVE = [
     (kernel, dtype)
     for kernel in ("forward", "forward_signs", "forward_squared", "backward", "backward_squared")
     for dtype in ("float32", "bfloat16")
-]
+] + [(kernel, "float32") for kernel in ("norms", "norms_of_columns", "norms_of_biases")]
 
 
 def missing_for_native() -> str | None:
@@ -198,25 +213,34 @@ def compiler_version() -> str:
 
 
 def build_native(directory: Path) -> Path:
-    """The program of native/count_flow.cpp, with the flags of CMakeLists.txt."""
-    program = directory / "count_flow"
-    sources = [ROOT / "benchmarks/native/count_flow.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    """The programs of native/ in `directory`, with the flags of CMakeLists.txt."""
     flags = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([str(_compiler()), *flags, *map(str, sources), "-o", str(program)], check=True)
-    return program
+
+    def compile_(*arguments: str) -> None:
+        subprocess.run([str(_compiler()), *flags, *arguments], check=True, cwd=directory)
+
+    compile_("-c", *map(str, sorted((ROOT / "csrc/cpu").glob("*.cpp"))))
+    objects = [str(path) for path in directory.glob("*.o")]
+    for source in (ROOT / "benchmarks/native").glob("*.cpp"):
+        compile_(str(source), *objects, "-o", source.stem)
+    return directory
 
 
-def count_native(program: Path, kernel: str, dtype: str, isa: str) -> Counts | None:
+def count_native(programs: Path, kernel: str, dtype: str, isa: str) -> Counts | None:
     """Instructions, loads and stores inside the kernel, or None if this machine has no such instruction set.
 
     Valgrind knows no AVX-512 and hides it from the program.
     """
-    entry = "ffr::flow_backward*" if kernel.startswith("backward") else "ffr::flow_forward*"
+    norms = kernel.startswith("norms")
+    entry = "ffr::filter_norms*" if norms else f"ffr::flow_{kernel.split('_')[0]}*"
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "out"
         command = ["valgrind", "--tool=callgrind", "--cache-sim=yes", f"--toggle-collect={entry}"]
-        command += [f"--callgrind-out-file={output}", str(program), kernel, dtype]
-        command += [str(NATIVE_LENGTH), str(NATIVE_NUMEL)]
+        command += [
+            f"--callgrind-out-file={output}",
+            str(programs / ("count_norms" if norms else "count_flow")),
+        ]
+        command += [kernel, dtype, str(NATIVE_FILTERS if norms else NATIVE_LENGTH), str(NATIVE_NUMEL)]
         done = subprocess.run(
             command,
             check=True,
@@ -237,10 +261,10 @@ def count_all_native() -> dict[str, Counts]:
     """Every kernel with every instruction set that valgrind runs here."""
     found: dict[str, Counts] = {}
     with tempfile.TemporaryDirectory() as directory:
-        program = build_native(Path(directory))
+        programs = build_native(Path(directory))
         for isa in ("default", "avx2"):
             for kernel, dtype in NATIVE:
-                counts = count_native(program, kernel, dtype, isa)
+                counts = count_native(programs, kernel, dtype, isa)
                 if counts is not None:
                     found[native_name(kernel, dtype, isa)] = counts
     return found

@@ -38,6 +38,11 @@ def test_feature_flow(fused: str) -> None:
     assert not budgets.problems(name, counted, budget(name))
 
 
+def test_filters(fused: str) -> None:
+    for name, counted in budgets.count_filters(fused).items():
+        assert not budgets.problems(name, counted, budget(name))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("name", budgets.LOSSES)
@@ -53,7 +58,7 @@ def test_loss_on_a_gpu(name: str, backend: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     missing = budgets.missing_for_native()
     if missing:
         pytest.skip(f"instructions cannot be counted: {missing}")
@@ -67,9 +72,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 @pytest.mark.parametrize(("kernel", "dtype"), budgets.NATIVE)
-def test_instructions(kernel: str, dtype: str, isa: str, program: Path) -> None:
+def test_instructions(kernel: str, dtype: str, isa: str, programs: Path) -> None:
     name = budgets.native_name(kernel, dtype, isa)
-    counted = budgets.count_native(program, kernel, dtype, isa)
+    counted = budgets.count_native(programs, kernel, dtype, isa)
     if counted is None:
         pytest.skip(f"this processor has no {isa}")
     assert not budgets.problems(name, counted, budget(name))
