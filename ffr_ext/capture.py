@@ -8,7 +8,6 @@ the owner of the recorder makes the hooks inert.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffr_ext.taps import Slot, can_tap, tap
+from ffr_ext.paths import Path, quoted
+from ffr_ext.taps import can_tap, tap
 
 OutputSelector = int | str | Callable[[Any], Tensor]
-
-_CHECKPOINT_ADVICE = (
-    "the penalty's gradient would silently vanish. With activation checkpointing pass use_reentrant=False "
-    "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False}); under torch.no_grad() choose "
-    "other layers, or leave the call out of the pass if it is one between begin_pass() and end_pass()"
-)
 
 
 class Recorder:
@@ -33,6 +27,9 @@ class Recorder:
     ``state`` is ``"empty"`` (no pass yet), ``"open"`` (a forward is running, or raised half-way),
     ``"complete"``, ``"taken"`` (the loss was built from it) or ``"recursive"`` (the model called itself).
     A new pass drops what an earlier one left, so features of two passes never mix.
+
+    A pass is one path, the features of one call of the model. A pass by hand has one for each call in it, and
+    in front of these one for the layers that were called outside any call.
     """
 
     def __init__(
@@ -45,30 +42,47 @@ class Recorder:
         self.by_hand = False  # a pass that the user began, and that the model's own calls do not end
         self.recording = False
         self.state = "empty"
-        self.names: list[str] = []
-        self.features: list[Tensor] = []
-        self.taps: list[tuple[Slot, Tensor] | None] = []
-        self.versions: list[int | None] = []
-        self.traced: list[bool] = []
-        self.overwritten: list[tuple[str, bool]] = []
-        self.without_autograd: list[str] = []
+        self.path = Path()  # where the next feature goes
+        self.outside = self.path  # that of what no call contains
+        self.latest = self.path
+        self.paths = [self.path]  # of a pass by hand: at its end
+        self.depth = 0  # how many modules that contain all layers are running; a call begins at 1
+        self.raised = False  # whether a call of the pass by hand did
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names, one for each feature, path after path."""
+        return [name for path in self.paths for name in path.names]
+
+    @property
+    def features(self) -> list[Tensor]:
+        """The features of all paths."""
+        return [feature for path in self.paths for feature in path.features]
+
+    def requires_grad(self) -> bool:
+        """Whether any feature does."""
+        for path in self.paths:
+            for feature in path.features:
+                if feature.requires_grad:
+                    return True
+        return False
 
     def clear(self, state: str = "empty") -> None:
         """Forget the features; ``state`` says why there are none."""
         self.recording = self.by_hand = False
         self.state = state
-        self.names, self.features, self.taps, self.without_autograd = [], [], [], []
-        self.versions, self.traced, self.overwritten = [], [], []
+        self.path = self.outside = self.latest = Path()
+        self.paths = [self.path]
 
     def begin(self, training: bool) -> None:
         """Start a pass. Recomputation inside a backward pass starts none, nor does evaluation unless
         asked."""
-        if self._wanted(training):
+        if not self.by_hand and self._wanted(training):
             self.clear("open")
             self.recording = True
 
     def _wanted(self, training: bool) -> bool:
-        if not self.enabled or self.by_hand or _inside_backward():
+        if not self.enabled or _inside_backward():
             return False
         return self.capture_eval or (training and torch.is_grad_enabled())
 
@@ -84,57 +98,63 @@ class Recorder:
             # A second end without a begin in between: the model ran itself inside its own forward.
             self.clear("recursive")
 
-    def begin_by_hand(self) -> None:
-        """Start a pass of which calls of the model are only a part."""
+    def begin_by_hand(self, within_forward: bool) -> None:
+        """Start a pass of which calls of the model are only a part, or which runs within one."""
         self.clear("open")
         self.recording = self.by_hand = self.enabled
+        self.depth = -1 if within_forward else 0
+        self.raised = False
 
     def end_by_hand(self) -> None:
         """Finish it."""
         if not self.by_hand:
             return
         self.recording = self.by_hand = False
-        self.state = "complete"
-        layers = list(dict.fromkeys(self.names))
-        calls = len(self.names) // max(len(layers), 1)
-        if len(layers) > 1 and calls > 1 and self.names == layers * calls:
-            warnings.warn(
-                f"FeatureFlow: all {len(layers)} layers were called {calls} times in one pass. Their features make "
-                "one path, with terms between the end of one call and the start of the next. If these are calls "
-                "on different inputs, give each a pass and a loss() of its own (FeatureFlow by hand instead of a "
-                "trainer's callback), or keep calls that are not to be penalised out of the pass",
-                stacklevel=3,
-            )
+        self.paths = [path for path in self.latest.chain() if path.names]
+        if self.paths:
+            self.state = "complete"
+        elif not self.raised:
+            self.state = "empty"
+        self.outside.warn_if_several_calls(stacklevel=3)
+
+    def enter(self, training: bool) -> None:
+        """A module that contains all layers starts to run in a pass by hand: a call begins, unless one
+        is running."""
+        self.depth += 1
+        if self.depth == 1:
+            self.recording = self._wanted(training)
+            if self.recording:
+                self.path = self.latest = Path(earlier=self.latest)
+
+    def leave(self, raised: bool) -> None:
+        """It is done. A call that raised leaves no trace: what came after it in the step is a call of its own."""
+        if self.depth < 1:
+            return  # it ran before the pass began
+        self.depth -= 1
+        if self.depth == 0:
+            if raised and self.recording:
+                assert self.path.earlier is not None
+                self.latest = self.path.earlier
+                self.raised = True
+            self.path = self.outside
+            self.recording = True
 
     def capture(self, name: str, module: nn.Module, output: Any, last: bool) -> None:
         """Record one call of one layer; ``last``: the last of the selected layers."""
+        if self.by_hand and _inside_backward():
+            return  # recomputation: outside a call nothing else tells
+        path = self.path
         feature = self.select(name, module, output)
-        self.traced.append(torch.compiler.is_compiling())
+        path.traced.append(torch.compiler.is_compiling())
         if torch.compiler.is_compiling():
-            feature = self._check_while_traced(feature, last)
+            feature = path.check_while_traced(feature, last)
         else:
-            self.versions.append(None if feature.is_inference() else feature._version)
-        self.names.append(name)
-        self.features.append(feature)
-        self.taps.append(tap(feature) if self.tapping and can_tap(feature) else None)
+            path.versions.append(None if feature.is_inference() else feature._version)
+        path.names.append(name)
+        path.features.append(feature)
+        path.taps.append(tap(feature) if self.tapping and can_tap(feature) else None)
         if not torch.is_grad_enabled() and not self.capture_eval:
-            self.without_autograd.append(name)
-
-    def _check_while_traced(self, feature: Tensor, last: bool) -> Tensor:
-        """Note whether earlier features were overwritten, without branching: a traced version counter is a
-        symbol.
-
-        It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
-        place to look: at the feature before this one, at the last layer at all of them. Nobody looks after
-        the last, so that is copied.
-        """
-        for index in range(0 if last else max(len(self.names) - 1, 0), len(self.names)):
-            version = self.versions[index]
-            if version is not None and self.traced[index]:
-                self.overwritten.append((self.names[index], self.features[index]._version != version))
-        feature = feature.clone() if last else feature
-        self.versions.append(feature._version)
-        return feature
+            path.without_autograd.append(name)
 
     def select(self, name: str, module: nn.Module, output: Any) -> Tensor:
         """The tensor that ``output=`` means, by default the first floating-point one in tuples, lists and
@@ -186,31 +206,16 @@ class Recorder:
     def check_features(self, layers: Sequence[str]) -> None:
         """Raise if a layer was never called, ran without autograd, or its feature was overwritten since."""
         self.check_complete()
-        missing = [name for name in layers if name not in self.names]
+        called = self.paths[0].names if len(self.paths) == 1 else self.names
+        missing = [name for name in layers if name not in called]
         if missing:
             raise RuntimeError(
-                f"FeatureFlow: {_list(missing)} not called in the last forward"
+                f"FeatureFlow: {quoted(missing)} not called in the last forward"
                 f" ({len(missing)} of {len(layers)} layers); pass layers= without it, or, if it was compiled "
                 "separately, attach before torch.compile"
             )
-        if self.without_autograd:
-            raise RuntimeError(
-                f"FeatureFlow: {_list(self.without_autograd)} ran without autograd in a training forward, so "
-                + _CHECKPOINT_ADVICE
-            )
-        for name, feature, version, traced in zip(
-            self.names, self.features, self.versions, self.traced, strict=True
-        ):
-            if not traced and version is not None:
-                self.overwritten.append((name, feature._version != version))
-        for name, overwritten in self.overwritten:
-            if overwritten:
-                raise RuntimeError(
-                    f"FeatureFlow: the output of layer {name!r} was overwritten in place after it was "
-                    f"captured (an "
-                    "in-place activation or +=); use inplace=False there, or choose the layer that "
-                    "overwrites it"
-                )
+        for path in self.paths:
+            path.check()
 
 
 _NOTHING_CAPTURED = """Possible reasons:
@@ -235,7 +240,7 @@ class LayerHook:
             recorder.capture(self.name, module, output, self.last)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Inert, ())
+        return (Inert, ())
 
 
 class BeginHook:
@@ -256,7 +261,7 @@ class BeginHook:
         recorder.begin(module.training)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Inert, ())
+        return (Inert, ())
 
 
 class EndHook:
@@ -271,10 +276,10 @@ class EndHook:
             recorder.end(module.training)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Inert, ())
+        return (Inert, ())
 
 
-class _Inert:
+class Inert:
     """What the hooks become in a copy, a pickle or a checkpoint of the model: a hook that does nothing."""
 
     def __call__(self, *args: Any) -> None:
@@ -312,11 +317,6 @@ def _describe(output: Any) -> str:
     if isinstance(output, (tuple, list)):
         return f"{type(output).__name__} of {len(output)}"
     return f"a tensor of dtype {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return f"layer {shown}" if len(names) == 1 else f"layers {shown}{', ...' if len(names) > 3 else ''}"
 
 
 def _inside_backward() -> bool:

@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ffr_ext import checks
 from ffr_ext.backends import BACKENDS
+from ffr_ext.calls import watch_calls
 from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder
 from ffr_ext.describe import Description, describe
-from ffr_ext.functional import FlowTerms, flow_terms, penalty
+from ffr_ext.functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ffr_ext.layers import LayerSpec, select_layers
-from ffr_ext.taps import collect
+from ffr_ext.paths import Path
+from ffr_ext.stages import has_term
+from ffr_ext.taps import Slot, collect
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self needs Python 3.11
@@ -52,7 +56,8 @@ class FeatureFlow:
 
     Which forward counts: the last training forward that began before ``loss()``. Each forward starts
     afresh, and ``loss()`` can be built once from it. Forwards in eval mode or under ``no_grad`` in between
-    change nothing, and so does recomputation by non-reentrant activation checkpointing.
+    change nothing, and so does recomputation by non-reentrant activation checkpointing. For steps that are
+    more or less than one call of the model see :meth:`begin_pass`.
 
     Raises:
         TypeError: ``model`` is no module. ValueError: ``model`` is ``nn.DataParallel``, or ``layers``
@@ -101,6 +106,7 @@ class FeatureFlow:
         # The reference backend is plain torch, which autograd differentiates by itself.
         self._recorder = Recorder(output, capture_eval, tapping=backend != "reference")
         self._handles: list[RemovableHandle] = []
+        self._watches_calls = False
         self._last_terms: Callable[[], FlowTerms] | None = None
 
     @property
@@ -141,6 +147,7 @@ class FeatureFlow:
                 handles.append(module.register_forward_hook(LayerHook(self._recorder, name, name == last)))
             handles.append(self.model.register_forward_hook(EndHook(self._recorder)))
             self._handles = handles
+            self._watches_calls = False
             self._finalizer = weakref.finalize(self, _remove, handles)
         return self
 
@@ -157,15 +164,27 @@ class FeatureFlow:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def begin_pass(self) -> None:
-        """Record from here to :meth:`end_pass` as one pass, whatever is called in between and in whatever
-        mode.
+    def begin_pass(self, *, within_forward: bool = False) -> None:
+        """Record from here to :meth:`end_pass` as one pass, for steps that are more or less than one call of
+        ``model``. Trainers use it.
 
-        For steps that are not one call of ``model``, but calls of its submodules. Trainers use it. All that is
-        recorded makes one path, in call order, evaluation included: calls on different inputs belong into
-        passes of their own, and :meth:`end_pass` warns where all layers were called more than once.
+        Each call in the pass is a path of its own, and :meth:`loss` is the sum of their penalties. A call is
+        that of the outermost running module that contains all captured layers: of ``model``, or of a module
+        in it such as the stack of blocks. Calls in eval mode or without autograd leave no trace unless
+        ``capture_eval``, and neither does a call that raised. What layers compute outside any such call, in
+        a step that calls the blocks one by one, makes one more path, in call order and in whatever mode;
+        :meth:`end_pass` warns where that looks like several calls.
+
+        Args:
+            within_forward: the whole pass is to run inside one call of ``model``, as the step of a
+                LightningModule does inside DistributedDataParallel. That call is not one of those above.
         """
-        self._recorder.begin_by_hand()
+        if self._handles and not self._watches_calls:
+            # From the first pass by hand on: others need no such hooks. They stay, because a compiled graph
+            # would not find them again.
+            self._handles += watch_calls(self._recorder, self.model, self._modules.values())
+            self._watches_calls = True
+        self._recorder.begin_by_hand(within_forward)
 
     def end_pass(self) -> None:
         """End what :meth:`begin_pass` began."""
@@ -177,8 +196,11 @@ class FeatureFlow:
         return self._recorder.by_hand
 
     def captured(self) -> list[tuple[str, Tensor]]:
-        """Names and features of the last recorded pass, in call order, until its ``loss()`` is built."""
-        return list(zip(self._recorder.names, self._features(), strict=True))
+        """Names and features of the last recorded pass, in call order, until its ``loss()`` is built.
+
+        Of a pass by hand: call after call, behind what was called outside any call.
+        """
+        return [pair for path in self._paths() for pair in zip(path.names, path.features, strict=True)]
 
     def describe(self, example_inputs: Any) -> Description:
         """Print the layers, shapes, stages and terms the loss will use for such inputs, and return them.
@@ -197,50 +219,67 @@ class FeatureFlow:
         """The penalty of the last recorded forward, a 0-dim tensor: ``ffr_loss(features, ...)``. Once per
         forward.
 
+        Of a pass by hand it is the sum of the penalties of its calls, each with the same weights. A call
+        without any term adds nothing to those that have some.
+
         Raises:
             RuntimeError: nothing was captured, the forward did not finish, a layer was not called, ran
                 without autograd (reentrant checkpointing), or its output was overwritten in place; the
                 message names the layer.
             ValueError: the features make no term, or the keywords do not fit (see :func:`ffr_loss`).
         """
-        features, taps = self._features(), self._recorder.taps
+        paths = self._paths()
         self._recorder.clear("taken")
-        make_stats = None  # one node for all features, as in ffr_loss
-        if all(
-            tap is not None or not feature.requires_grad for feature, tap in zip(features, taps, strict=True)
-        ):
-            slots = [None if tap is None else tap[0] for tap in taps]
-            tokens = [tap[1] for tap in taps if tap is not None]
-            make_stats = partial(collect, slots, tokens)
-        loss, self._last_terms = penalty(
-            features, gradient=self.gradient, curvature=self.curvature, **self.options, make_stats=make_stats
-        )
-        return loss
+        total: Tensor | None = None
+        terms: list[Callable[[], FlowTerms]] = []
+        for path in paths if len(paths) == 1 else self._with_terms(paths):
+            loss, terms_of_path = penalty(
+                path.features,
+                gradient=self.gradient,
+                curvature=self.curvature,
+                **self.options,
+                make_stats=_just_in_time(path),
+            )
+            terms.append(terms_of_path)
+            total = loss if total is None else total + loss.to(total.device)
+        self._last_terms = terms[0] if len(terms) == 1 else partial(_one_after_another, terms)
+        assert total is not None
+        return total
 
     def terms(self) -> FlowTerms:
         """Length and curvature per term, detached and without weights: ``flow_terms(features, ...)``, to log.
 
-        Belongs to the last recorded forward, whether its ``loss()`` was built or not.
+        Belongs to the last recorded forward, whether its ``loss()`` was built or not. Of a pass by hand: the
+        terms of its calls, one call after another.
         """
         if self._recorder.state == "taken" and self._last_terms is not None:
             gradient, curvature = self._last_terms()
             return FlowTerms(gradient.detach(), curvature.detach())
-        return flow_terms([feature.detach() for feature in self._features()], **self.options)
+        terms = []
+        for path in self._with_terms(self._paths()):
+            detached = [feature.detach() for feature in path.features]
+            terms.append(partial(flow_terms, detached, **self.options))
+        return _one_after_another(terms)
 
-    def _features(self) -> list[Tensor]:
+    def _paths(self) -> list[Path]:
         if not self._handles:
             raise RuntimeError(
                 "FeatureFlow is not attached: use `with flow:` or flow.attach() before the forward"
             )
         recorder = self._recorder
         recorder.check_features(self.layers)
-        if not recorder.capture_eval and not any(feature.requires_grad for feature in recorder.features):
+        if not recorder.capture_eval and not recorder.requires_grad():
             raise RuntimeError(
                 f"FeatureFlow: none of the {len(recorder.features)} captured features requires grad, so the "
                 f"penalty "
                 "would change nothing: the layers before them are frozen or detached"
             )
-        return recorder.features
+        return recorder.paths
+
+    def _with_terms(self, paths: list[Path]) -> list[Path]:
+        """Those that make a term. If none does, the first, for ``ffr_loss`` to say why."""
+        transition = self.options["transition"]
+        return [path for path in paths if has_term(path.features, transition)] or paths[:1]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -252,6 +291,33 @@ class FeatureFlow:
         )
         state.pop("_finalizer", None)
         return state
+
+
+def _just_in_time(path: Path) -> StatsMaker | None:
+    """How the sums of a path are made if each feature gets its gradient by itself; None for one node for all
+    features, as in ``ffr_loss``."""
+    slots: list[Slot | None] = []
+    tokens: list[Tensor] = []
+    for feature, tap in zip(path.features, path.taps, strict=True):
+        if tap is None:
+            if feature.requires_grad:
+                return None
+            slots.append(None)
+        else:
+            slots.append(tap[0])
+            tokens.append(tap[1])
+    return partial(collect, slots, tokens)
+
+
+def _one_after_another(terms: Sequence[Callable[[], FlowTerms]]) -> FlowTerms:
+    made = [make() for make in terms]
+    if len(made) == 1:
+        return made[0]
+    device = made[0].gradient.device
+    return FlowTerms(
+        torch.cat([each.gradient.to(device) for each in made]),
+        torch.cat([each.curvature.to(device) for each in made]),
+    )
 
 
 def _rank(weight: Any) -> int:

@@ -6,6 +6,7 @@ the earlier stage (up to two) are mapped to the stage's shape and stand in front
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
     plan = Plan(tuple(s for s in stages if s.length > 1))
     checks.check_has_terms(shapes, plan.gradient_terms)
     return plan
+
+
+def has_term(features: Sequence[Tensor], transition: str) -> bool:
+    """Whether `make_plan` would find a term, or a boundary that cannot be pooled."""
+    if transition == "pool":
+        return len(features) > 1
+    return any(a.shape == b.shape for a, b in itertools.pairwise(features))
 
 
 def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:

@@ -166,3 +166,8 @@ class Checkpointed(ResidualNet):
 def make_flow(model: nn.Module, *args: Any, **options: Any) -> FeatureFlow:
     """The backend an install has for CPU tensors: with the native one gradients are made just in time."""
     return FeatureFlow(model, *args, **options)
+
+
+def hooks(model: nn.Module) -> int:
+    """How many forward hooks are on the model and its modules."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

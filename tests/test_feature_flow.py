@@ -318,26 +318,3 @@ def test_features_without_any_term_are_an_error() -> None:
 def test_the_model_must_be_a_module() -> None:
     with pytest.raises(TypeError, match="model: expected"):
         FeatureFlow(lambda x: x)  # type: ignore[arg-type]
-
-
-def test_a_pass_of_several_whole_calls_warns_that_they_make_one_path() -> None:
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)])
-    x = torch.randn(8, 6)
-    with FeatureFlow(model, ["0", "1", "2", "3"]) as flow:
-        flow.begin_pass()
-        model(x)
-        flow.end_pass()  # one call: no warning
-        flow.begin_pass()
-        model(x)
-        model(x + 0.1)
-        with pytest.warns(UserWarning, match="all 4 layers were called 2 times in one pass"):
-            flow.end_pass()
-        assert torch.allclose(flow.loss(), ffr_loss([*outputs(model, x), *outputs(model, x + 0.1)]))
-
-
-def outputs(model: nn.Sequential, x: Tensor) -> list[Tensor]:
-    features = []
-    for layer in model:
-        x = layer(x)
-        features.append(x)
-    return features

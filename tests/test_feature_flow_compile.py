@@ -82,6 +82,35 @@ def test_separately_compiled_blocks_attach_first_work() -> None:
         torch.testing.assert_close(flow.loss().detach(), truth)
 
 
+@pytest.mark.parametrize(("where", "fullgraph"), [("model", True), ("model", False), ("stack", False)])
+def test_calls_in_a_pass_by_hand(where: str, fullgraph: bool) -> None:
+    """Each is a path, and neither more calls nor more passes are traced anew, before or after ordinary ones."""
+    model, inputs = Tower(), [torch.randn(5, 8) for _ in range(10)]
+
+    def penalty(x: Tensor) -> Tensor:
+        features = []
+        for layer in model.layers:
+            features.append(x := layer(x))
+        return ffr_loss(features, backend="reference")
+
+    truths = [penalty(x).detach() for x in inputs]
+    graphs = []
+    with FeatureFlow(model) as flow:
+        (model if where == "model" else model.layers).compile(backend="aot_eager", fullgraph=fullgraph)
+        for count in (2, 1, 3, 10):
+            model(inputs[0])
+            torch.testing.assert_close(flow.loss().detach(), truths[0])
+            flow.begin_pass()
+            for x in inputs[:count]:
+                model(x)
+                with torch.no_grad():
+                    model(x)
+            flow.end_pass()
+            torch.testing.assert_close(flow.loss().detach(), torch.stack(truths[:count]).sum())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == graphs[:1] * 4
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_feature_overwritten_inside_the_compiled_graph_is_an_error(compiler: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Calls, Checkpointed, ResidualNet, expected, images, make_flow, task_loss
+from flow_models import Calls, Checkpointed, ResidualNet, expected, hooks, images, make_flow, task_loss
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss
@@ -76,10 +76,6 @@ def test_an_output_without_the_feature_names_the_layer(output: Any, error: Any, 
 
 
 # --- what is left behind --------------------------------------------------------------------------
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_no_state_dict_key_while_attached_and_no_hook_after() -> None:

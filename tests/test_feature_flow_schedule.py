@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Calls, ResidualNet, expected, images
-from torch import Tensor, nn
+from flow_models import ResidualNet, expected, images
 
-from ffr_ext import FeatureFlow, ffr_loss
+from ffr_ext import FeatureFlow
 from ffr_ext.schedules import WeightSchedule
 
 
@@ -91,38 +90,6 @@ def test_a_resumed_schedule_continues() -> None:
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.factor == schedule.factor == 0.75
     assert flow.gradient == 3.0
-
-
-# --- passes by hand -------------------------------------------------------------------------------
-
-
-def test_a_pass_by_hand_spans_several_calls_and_submodules() -> None:
-    model = ResidualNet(2)
-    _, features = model.features(images())
-    with FeatureFlow(model, backend="reference") as flow:
-        flow.begin_pass()
-        assert flow.in_pass
-        x = model.early(model.stem(images()))
-        model.late(model.down(x))
-        flow.end_pass()
-        assert not flow.in_pass
-        torch.testing.assert_close(flow.loss(), ffr_loss(features, backend="reference"))
-
-
-def test_inside_a_pass_by_hand_calls_of_the_model_neither_start_nor_end_one() -> None:
-    model = Calls(lambda self, x: self.b(self.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
-    x = torch.randn(3, 4)
-    features: list[Tensor] = []
-    for _ in range(2):
-        features += [model.a(x), model.b(model.a(x))]
-    with FeatureFlow(model, ["a", "b"], backend="reference") as flow:
-        flow.begin_pass()
-        model(x)
-        model(x)
-        flow.end_pass()
-        torch.testing.assert_close(flow.loss(), ffr_loss(features, backend="reference"))
-        model(x)  # and afterwards they do again
-        torch.testing.assert_close(flow.loss(), ffr_loss(features[:2], backend="reference"))
 
 
 # --- describe -------------------------------------------------------------------------------------

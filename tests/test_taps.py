@@ -231,7 +231,7 @@ def test_each_gradient_is_made_right_before_its_layers_own_backward() -> None:
                 )
             )
         task = model(x).sum()
-        for index, (_slot, token) in enumerate(flow._recorder.taps):
+        for index, (_slot, token) in enumerate(flow._recorder.path.taps):
             token.grad_fn.register_hook(note(f"tap {index}"))
         (task + flow.loss()).backward()
     assert order == [f"{kind} {index}" for index in (3, 2, 1, 0) for kind in ("tap", "layer")]
@@ -287,7 +287,7 @@ def test_nothing_of_the_loss_is_alive_after_the_last_tap(norm: str) -> None:
         for layer in model.layers:
             layer.register_forward_hook(lambda _m, _a, output: alive.append(weakref.ref(output)))
         task = model(x).sum()
-        (slot, _token) = flow._recorder.taps[0]
+        (slot, _token) = flow._recorder.path.taps[0]
         penalty = flow.loss()
         (walk, _place) = slot.places[0]
         (task + penalty).backward()
@@ -305,7 +305,7 @@ def test_values_are_let_go_while_the_backward_pass_goes_down() -> None:
         for layer in model.layers:
             layer.register_forward_hook(lambda _m, _a, output: kept.append(output))
         model(x)
-        (slot, _token) = flow._recorder.taps[0]
+        (slot, _token) = flow._recorder.path.taps[0]
         penalty = flow.loss()
         (walk, _place) = slot.places[0]
         for feature in kept:  # right after a layer's own backward
@@ -620,7 +620,7 @@ def test_only_features_that_require_grad_get_a_tap() -> None:
         _, truth = by_hand(model, x, norm=norm)
         with flow_of(model, norm=norm) as flow:
             task = model(x).sum()
-            assert [tap is not None for tap in flow._recorder.taps] == [False] * 3 + [True] * 2
+            assert [tap is not None for tap in flow._recorder.path.taps] == [False] * 3 + [True] * 2
             assert_gradients_close(gradients(model, task + flow.loss()), truth, 1e-13)
 
 
@@ -677,6 +677,21 @@ def test_features_and_losses_of_two_steps_can_be_alive_at_once() -> None:
         losses = [task_loss(model(x)) + flow.loss() for x in inputs]
         for loss, truth in zip(losses, truths, strict=True):
             assert_gradients_close(gradients(model, loss), truth)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
+def test_each_call_in_a_pass_by_hand_has_taps_of_its_own(norm: str) -> None:
+    model, inputs = Chain(), [torch.randn(batch, 3, 5, dtype=torch.float64) for batch in (4, 2)]
+    truths = [by_hand(model, x, norm=norm) for x in inputs]
+    with flow_of(model, norm=norm) as flow:
+        flow.begin_pass()
+        task = sum(model(x).sum() for x in inputs)
+        flow.end_pass()
+        penalty = flow.loss()
+    assert "FlowStats" not in graph_nodes(penalty)
+    torch.testing.assert_close(penalty.detach(), truths[0][0] + truths[1][0], rtol=0, atol=0)
+    true_grads = [a + b for a, b in zip(truths[0][1], truths[1][1], strict=True)]
+    assert_gradients_close(gradients(model, task + penalty), true_grads, 1e-13)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (1, 3, 1), (2, 3, 0)], ids=str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ lightning = pytest.importorskip("lightning", reason="needs ffr-ext[lightning]")
 
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
+from ffr_ext import ffr_loss  # noqa: E402
 from ffr_ext.trainers import FFRCallback  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"gradient": 2.0, "curvature": 1.0, "backend": "reference"}
@@ -158,6 +161,67 @@ def test_a_weight_of_zero_leaves_the_loss_alone(tmp_path: Path) -> None:
     module = Module()
     truth = trained(copy.deepcopy(module.net), 3, gradient=0.0, curvature=0.0, backend="reference")
     make_trainer(FFRCallback(schedule={"wait": 10}, **OPTIONS), tmp_path).fit(module, loader())
+    assert_same_weights(module, truth)
+
+
+class TwoViews(Module):
+    """Compares two views and a teacher's answer, and looks at an evaluation on the way."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        first, second = TwoViews.views(batch[0])
+        with torch.no_grad():
+            teacher = self.net(first)
+        self.eval()
+        self(second)
+        self.train()
+        call = self if self.call == "self(x)" else self.net
+        return TwoViews.task(call(first), call(second), teacher)
+
+    @staticmethod
+    def views(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.flip(1)
+
+    @staticmethod
+    def task(first: Tensor, second: Tensor, teacher: Tensor) -> Tensor:
+        return (first - second).square().mean() + (first - teacher).square().mean()
+
+    @staticmethod
+    def trained(net: Tower, steps: int) -> dict[str, Tensor]:
+        """What plain steps with ffr_loss make of the network."""
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            penalties, answers = [], []
+            for x in TwoViews.views(Tower.data()[0]):
+                features = []
+                for layer in net.layers:
+                    features.append(x := layer(x))
+                answers.append(net.head(x))
+                penalties.append(ffr_loss(features, **OPTIONS))
+            (TwoViews.task(*answers, answers[0].detach()) + sum(penalties)).backward()
+            optimizer.step()
+        return dict(net.state_dict())
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """Lightning leaves its process group and the variables that describe it behind."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])  # under ddp the step runs inside a call of the module
+@pytest.mark.parametrize("call", ["self.net(x)", "self(x)"])
+def test_each_call_of_the_network_in_a_step_is_a_path(tmp_path: Path, call: str, strategy: str) -> None:
+    module = TwoViews(call)
+    truth = TwoViews.trained(copy.deepcopy(module.net), 3)
+    callback = FFRCallback(**OPTIONS)
+    make_trainer(callback, tmp_path, strategy=strategy, log_every_n_steps=1).fit(module, loader())
     assert_same_weights(module, truth)
 
 

@@ -23,14 +23,16 @@ class FFRCallback(Callback):
 
         trainer = lightning.Trainer(callbacks=[FFRCallback(gradient=3.0, curvature=3.0)])
 
-    Everything the module runs between the start of the training batch and its backward pass is one forward
-    pass: use ``self(x)``, ``self.net(x)`` or functions in ``training_step`` as you like. The penalty is
-    added to the loss right before the backward pass, under gradient accumulation as a mean over the
-    micro-batches, under a ``GradScaler`` scaled like the loss. Under manual optimisation it joins the
+    What the module runs between the start of the training batch and its backward pass is recorded: use
+    ``self(x)``, ``self.net(x)`` or functions in ``training_step`` as you like. Several calls, of two views
+    for instance, are several paths, whose penalties are added; calls in eval mode or without autograd, of a
+    teacher for instance, are left out (:meth:`ffr_ext.FeatureFlow.begin_pass` says what a call is). The
+    penalty is added to the loss right before the backward pass, under gradient accumulation as a mean over
+    the micro-batches, under a ``GradScaler`` scaled like the loss. Under manual optimisation it joins the
     first backward pass of each batch.
 
     Logs ``ffr/penalty`` and ``ffr/factor``, and ``ffr/length/<term>`` and ``ffr/curvature/<term>`` every
-    ``trainer.log_every_n_steps`` steps.
+    ``trainer.log_every_n_steps`` steps; the terms of several calls are counted through.
 
     Args:
         layers: see :class:`ffr_ext.FeatureFlow`; names are relative to ``module``.
@@ -78,7 +80,9 @@ class FFRCallback(Callback):
         flow, schedule = self._ready()
         schedule.set(trainer.global_step)
         self._steps = trainer.global_step
-        flow.begin_pass()
+        # A strategy that wraps the module calls the step through the module's forward.
+        step_in_forward = flow.model is pl_module and trainer.model is not pl_module
+        flow.begin_pass(within_forward=step_in_forward)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Close the pass and add the penalty to the loss, which autograd sees as one in-place addition."""
