@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -171,3 +173,37 @@ def make_flow(model: nn.Module, *args: Any, **options: Any) -> FeatureFlow:
 def hooks(model: nn.Module) -> int:
     """How many forward hooks are on the model and its modules."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- passes by hand -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_pass(flow: FeatureFlow, **options: Any) -> Iterator[None]:
+    """begin_pass() ... end_pass(), in which nothing is to warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.begin_pass(**options)
+        yield
+        flow.end_pass()
+
+
+def views() -> tuple[Tensor, Tensor]:
+    x, _ = Tower.data()
+    return x, x[:7] + 0.3 * torch.randn(7, x.shape[1])
+
+
+def outputs(layers: Any, x: Tensor) -> list[Tensor]:
+    """What each of the layers makes of what the one before it made."""
+    features = []
+    for layer in layers:
+        features.append(x := layer(x))
+    return features
+
+
+def penalty(model: Any, *inputs: Tensor, **options: Any) -> Tensor:
+    """The sum of ffr_loss over the inputs, without any hook."""
+    total = torch.zeros(())
+    for x in inputs:
+        total = total + ffr_loss(outputs(model.layers, x), **{"backend": "reference", **options})
+    return total

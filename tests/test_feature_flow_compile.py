@@ -15,6 +15,7 @@ from flow_models import (
     expected,
     gradients,
     images,
+    penalty,
     task_loss,
 )
 from torch import Tensor, nn
@@ -86,14 +87,7 @@ def test_separately_compiled_blocks_attach_first_work() -> None:
 def test_calls_in_a_pass_by_hand(where: str, fullgraph: bool) -> None:
     """Each is a path, and neither more calls nor more passes are traced anew, before or after ordinary ones."""
     model, inputs = Tower(), [torch.randn(5, 8) for _ in range(10)]
-
-    def penalty(x: Tensor) -> Tensor:
-        features = []
-        for layer in model.layers:
-            features.append(x := layer(x))
-        return ffr_loss(features, backend="reference")
-
-    truths = [penalty(x).detach() for x in inputs]
+    truths = [penalty(model, x).detach() for x in inputs]
     graphs = []
     with FeatureFlow(model) as flow:
         (model if where == "model" else model.layers).compile(backend="aot_eager", fullgraph=fullgraph)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Tower, trained
+from flow_models import Tower, outputs, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -193,10 +193,8 @@ class TwoViews(Module):
             optimizer.zero_grad()
             penalties, answers = [], []
             for x in TwoViews.views(Tower.data()[0]):
-                features = []
-                for layer in net.layers:
-                    features.append(x := layer(x))
-                answers.append(net.head(x))
+                features = outputs(net.layers, x)
+                answers.append(net.head(features[-1]))
                 penalties.append(ffr_loss(features, **OPTIONS))
             (TwoViews.task(*answers, answers[0].detach()) + sum(penalties)).backward()
             optimizer.step()
