@@ -60,18 +60,23 @@ def norms_kernel(
     dtype = tl.load(row + 4)
     address = tl.load(row + 5)
     filter = program - (tl.load(row) - filters)
+    # The pointer gets no name: one that has another type in every branch does not compile.
     if dtype == 0:
-        data = address.to(tl.pointer_type(tl.float16))
-        total = _accumulate(data, elements, filters, filter, inner, NORM, BLOCK)
+        total = _accumulate(
+            address.to(tl.pointer_type(tl.float16)), elements, filters, filter, inner, NORM, BLOCK
+        )
     elif dtype == 1:
-        data = address.to(tl.pointer_type(tl.bfloat16))
-        total = _accumulate(data, elements, filters, filter, inner, NORM, BLOCK)
+        total = _accumulate(
+            address.to(tl.pointer_type(tl.bfloat16)), elements, filters, filter, inner, NORM, BLOCK
+        )
     elif dtype == 2:
-        data = address.to(tl.pointer_type(tl.float32))
-        total = _accumulate(data, elements, filters, filter, inner, NORM, BLOCK)
+        total = _accumulate(
+            address.to(tl.pointer_type(tl.float32)), elements, filters, filter, inner, NORM, BLOCK
+        )
     else:
-        data = address.to(tl.pointer_type(tl.float64))
-        total = _accumulate(data, elements, filters, filter, inner, NORM, BLOCK)
+        total = _accumulate(
+            address.to(tl.pointer_type(tl.float64)), elements, filters, filter, inner, NORM, BLOCK
+        )
     if NORM == 2:
         result = tl.sqrt(tl.sum(total))
     elif NORM == 1:
