@@ -55,6 +55,31 @@ def test_extras_do_not_pin_torch(extra: str) -> None:
     assert not names & {"torch", "torchvision"}
 
 
+OPTIONAL = (
+    *("accelerate", "expecttest", "hypothesis", "lightning", "matplotlib", "onnx", "onnxruntime"),
+    *("onnxscript", "psutil", "pybind11", "rich", "sklearn", "torch_pruning", "transformers"),
+)
+
+
+@pytest.mark.slow
+def test_no_test_needs_an_optional_package_to_be_collected(tmp_path: Path) -> None:
+    """On a GPU machine without network they may be missing, and one file that fails to import stops the run."""
+    lines = ["import sys", f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))"]  # None: cannot be imported
+    (tmp_path / "without_optional_packages.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", "-p", "without_optional_packages", "-p", "no:cacheprovider"]
+    # Without autoload: hypothesis brings a plugin along.
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [*command, "--collect-only", "-q", "-m", "gpu", "tests"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tests/test_gpu.py::test_cuda_graph_replays_with_new_values" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["build", "demo", "test", "dev"])
 def test_every_requirement_of_make_is_pinned(name: str) -> None:
     pins = {

@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from ffr_ext import compact_filters, filter_norms
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 
 def weights(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_no_worse_than_torch, random_features, reference_in
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ffr_ext import ffr_loss, weighted
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 SHAPE = (2, 4, 3, 5)
 VARIANTS = {  # of one shape; a call on one must not use what was worked out for another
