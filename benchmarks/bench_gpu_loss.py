@@ -23,9 +23,9 @@ import csv
 import json
 import os
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from torch import Tensor
 
 import ffr_ext
 from ffr_ext import backends, ffr_loss, ops, reference
+
+from .results import commit, driver
 
 Run = Callable[[], Any]
 
@@ -178,6 +180,8 @@ def kernel_runs(setting: Setting, features: list[Tensor], norm: str, backend: st
 
 def loss_runs(features: list[Tensor], norm: str, providers: Sequence[str]) -> dict[str, Run]:
     """Loss and all gradients."""
+    # Dynamo keeps what it compiled by function, and after eight shapes runs the rest eagerly.
+    torch.compiler.reset()
     compiled = torch.compile(reference.ffr_loss, dynamic=False)
     functions: dict[str, Callable[..., Tensor]] = {"eager": reference.ffr_loss, "torch.compile": compiled}
     for provider in providers:
@@ -209,9 +213,8 @@ def copy_bandwidth(device: str, megabytes: int) -> float:
 
 def run_setting(
     setting: Setting, device: str, providers: list[str], budget: float, full: bool
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     copy = copy_bandwidth(device, 64 if device == "cpu" else 2048)
-    rows = []
     for norm in ("l1", "l2_squared"):
         features = make_features(setting, device)
         base = dict(
@@ -226,7 +229,7 @@ def run_setting(
         for name, seconds in seconds_in_turns(runs, device, budget).items():
             provider, kernel, *graph = name.split()
             moved = must_move(setting, kernel, norm)
-            rows.append(
+            yield (
                 base
                 | dict(what=kernel, provider=provider, graph=bool(graph), us=seconds * 1e6, bytes=moved)
                 | dict(
@@ -244,7 +247,7 @@ def run_setting(
         for name, seconds in seconds_in_turns(whole, device, budget).items():
             provider, *graph = name.split(" ")
             error = loss_error(features, norm, provider) if provider in providers else float("nan")
-            rows.append(
+            yield (
                 base
                 | dict(what="loss and gradients", provider=provider, graph=bool(graph), us=seconds * 1e6)
                 | dict(relative_error=error)
@@ -252,19 +255,17 @@ def run_setting(
         del whole, features
         if device == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 # ---------------------------------------------------------------------------------------- report
 
 
 def environment(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = dict(commit=commit, ffr_ext=ffr_ext.__version__, torch=torch.__version__, cuda=torch.version.cuda)
+    facts = dict(
+        commit=commit(), ffr_ext=ffr_ext.__version__, torch=torch.__version__, cuda=torch.version.cuda
+    )
     if device == "cuda":
-        facts |= dict(gpu=torch.cuda.get_device_name())
-        driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= dict(driver=subprocess.run(driver, capture_output=True, text=True).stdout.strip())
+        facts |= dict(gpu=torch.cuda.get_device_name(), driver=driver())
     facts |= {
         f"backend_{name}": status.reason for name, status in backends.available().items() if status.available
     }
@@ -287,18 +288,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{'loss and gradients':24} {'dtype':9} {'norm':11} {'us':>9} {'x eager':>8} {'x compile':>9}",
     ]
     losses = [r for r in rows if "bytes" not in r]
+    nan = float("nan")  # of a setting that failed halfway
     times = {(r["setting"], r["dtype"], r["norm"], r["graph"], r["provider"]): r["us"] for r in losses}
     for row in losses:
         key = (row["setting"], row["dtype"], row["norm"], row["graph"])
         name = f"{row['provider']}{' graph' if row['graph'] else ''}"
         lines.append(
             f"{row['setting']:24} {row['dtype']:9} {row['norm']:11} {row['us']:9.1f} "
-            f"{times[(*key, 'eager')] / row['us']:8.2f} {times[(*key, 'torch.compile')] / row['us']:9.2f}  {name}"
+            f"{times.get((*key, 'eager'), nan) / row['us']:8.2f} "
+            f"{times.get((*key, 'torch.compile'), nan) / row['us']:9.2f}  {name}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write; 1 if a setting failed, whose rows up to there are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, also without a GPU: does the script work"
@@ -307,17 +311,27 @@ def main() -> None:
         "--full", action="store_true", help="torch.compile for every setting and norm: half an hour"
     )
     parser.add_argument("--budget", type=float, default=0.6, help="seconds per table row group")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.smoke:
+    if device == "cpu" and not options.smoke:
         raise SystemExit("no CUDA device; --smoke runs tiny sizes on the CPU")
     wanted = ("cuda", "triton") if device == "cuda" else ("cpu",)
-    providers = [name for name in wanted if backends.available()[name].available]
-    rows = []
+    status = backends.available()
+    providers = [name for name in wanted if status[name].available]
+    if not providers:
+        raise SystemExit("; ".join(f"{name}: {status[name].reason}" for name in wanted))
+    rows: list[dict[str, Any]] = []
+    failed = 0
     directory = Path(os.environ.get("FFR_RESULTS_DIR", Path(__file__).parent / "results"))
     directory.mkdir(parents=True, exist_ok=True)
-    for setting in settings(arguments.smoke, arguments.full):
-        rows += run_setting(setting, device, providers, arguments.budget, arguments.full)
+    for setting in settings(options.smoke, options.full):
+        try:
+            for row in run_setting(setting, device, providers, options.budget, options.full):
+                rows.append(row)
+        except Exception:  # out of memory, a compiler that refuses: the other settings are worth having
+            traceback.print_exc()
+            print(f"FAILED: {setting.name}, {setting.dtype}", flush=True)
+            failed = 1
         # After every setting, so that a run that is cut off leaves what it has.
         record = dict(environment=environment(device), rows=rows)
         (directory / "gpu_loss.json").write_text(json.dumps(record, indent=1))
@@ -328,7 +342,8 @@ def main() -> None:
         writer.writerows(rows)
     print(json.dumps(environment(device), indent=1))
     print(table(rows))
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -34,7 +34,7 @@ def header(device: torch.device | str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "driver": _driver() if device.type == "cuda" else None,
+        "driver": driver() if device.type == "cuda" else None,
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -85,7 +85,8 @@ def machine(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """The version of the GPU's driver, or None where nvidia-smi does not say."""
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
