@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -168,7 +169,7 @@ def penalty(
         and all(f.device == device for f in listed)
     ):
         # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
-        scale = _entry_weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
+        scale = _weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
         squared, per_sample = norm != "l1", norm == "l2"
         if make_stats is None and recipe is not None and not per_sample:
             loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
@@ -356,6 +357,37 @@ def _hashable(weight: float | list[float] | Tensor) -> float | tuple[float, ...]
     return tuple(weight) if isinstance(weight, list) else weight  # type: ignore[return-value]
 
 
+class _CapturingError(Exception):
+    """A CUDA graph is being captured."""
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _weights(
+    plan: Plan,
+    gradient: float | tuple[float, ...],
+    curvature: float | tuple[float, ...],
+    norm: str,
+    reduction: str,
+    device: torch.device,
+) -> weighted.EntryWeights:
+    """d loss / d entry for every entry of stats, kept for later calls unless a CUDA graph is being captured.
+
+    What is made then has no values until the graph is replayed, and a copy from the host would be replayed from
+    memory that is long free: the weights are filled in by kernels.
+    """
+    try:
+        return _entry_weights(plan, gradient, curvature, norm, reduction, device)
+    except _CapturingError:
+        host = _make_entry_weights(plan, gradient, curvature, norm, reduction, torch.device("cpu"))
+        runs = [(value, len(list(run))) for value, run in groupby(host.tolist())]
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [torch.full((n,), value, dtype=host.dtype, device=device) for value, n in runs]
+            return weighted.EntryWeights.of(torch.cat(parts))
+
+
 @lru_cache(maxsize=256)
 def _entry_weights(
     plan: Plan,
@@ -365,7 +397,19 @@ def _entry_weights(
     reduction: str,
     device: torch.device,
 ) -> weighted.EntryWeights:
-    """d loss / d entry for every entry of stats."""
+    if _capturing(device):
+        raise _CapturingError  # which is not kept
+    return weighted.EntryWeights.of(_make_entry_weights(plan, gradient, curvature, norm, reduction, device))
+
+
+def _make_entry_weights(
+    plan: Plan,
+    gradient: float | tuple[float, ...],
+    curvature: float | tuple[float, ...],
+    norm: str,
+    reduction: str,
+    device: torch.device,
+) -> Tensor:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -374,12 +418,10 @@ def _entry_weights(
             # On the device already: weights that change at every step (a schedule) copy nothing from the host.
             unit_gradient = _unit_weights(plan, (1.0,) * plan.gradient_terms, (), norm, reduction, device)
             unit_curvature = _unit_weights(plan, (), (1.0,) * plan.curvature_terms, norm, reduction, device)
-            return weighted.EntryWeights.of(unit_gradient * gradient + unit_curvature * curvature)
+            return unit_gradient * gradient + unit_curvature * curvature
         on_gradient = gradient if isinstance(gradient, tuple) else (gradient,) * plan.gradient_terms
         on_curvature = curvature if isinstance(curvature, tuple) else (curvature,) * plan.curvature_terms
-        return weighted.EntryWeights.of(
-            _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
-        )
+        return _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
 
 
 @lru_cache(maxsize=256)

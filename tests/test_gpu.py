@@ -184,6 +184,23 @@ def test_cuda_graph_replays_with_new_values(options: dict[str, Any], backend: st
             assert torch.equal(got, expected)
 
 
+def test_cuda_graph_with_weights_that_no_call_had_before(backend: str) -> None:
+    """A schedule may change them between the warm-up and the capture."""
+    features = on_gpu(random_features(*SHAPES))
+    for weight in (0.25, [0.1, 0.2, 0.3, 0.4, 0.5]):
+        ffr_loss(features, gradient=3.0, backend=backend).backward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ffr_loss(features, gradient=weight, backend=backend).detach()
+        expected = ffr_loss(features, gradient=weight, backend=backend)
+        graph.replay()
+        assert torch.equal(captured, expected)
+        torch.testing.assert_close(
+            expected, ffr_loss(features, gradient=weight, backend="reference"), rtol=1e-5, atol=0
+        )
+
+
 @pytest.mark.parametrize("options", NORMS, ids=lambda o: "-".join(o.values()))
 def test_nothing_waits_for_the_gpu(options: dict[str, Any], backend: str) -> None:
     features = on_gpu(random_features(*SHAPES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ffr_ext import ffr_loss, weighted
+from ffr_ext import ffr_loss, functional, weighted
 
 pytest.importorskip("hypothesis")
 
@@ -173,3 +174,28 @@ def test_compiled_autograd_takes_the_backward_pass_whole(fused: str) -> None:
         loss.backward()
     for feature, grad in zip(features, expected, strict=True):
         torch.testing.assert_close(feature.grad, grad)
+
+
+@pytest.mark.parametrize("gradient", [0.3, [0.1, 0.2, 0.2, -0.3]], ids=["a number", "a list"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_weights_made_while_a_graph_is_captured(
+    norm: str, gradient: float | list[float], monkeypatch: pytest.MonkeyPatch, fused: str
+) -> None:
+    """They have no values until it is replayed: nothing of them is kept, nothing is copied from the host."""
+    features = random_features(*[(3, 5)] * 3, *[(2, 7)] * 3)
+    options: dict[str, Any] = dict(gradient=gradient, curvature=0.7, norm=norm, backend=fused)
+    expected = ffr_loss(features, **options)
+    functional._entry_weights.cache_clear()
+    monkeypatch.setattr(functional, "_capturing", lambda device: True)
+    of = weighted.EntryWeights.of
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        weighted.EntryWeights, "of", classmethod(lambda cls, tensor: made.append(tensor) or of(tensor))
+    )
+    for _ in range(2):
+        assert torch.equal(ffr_loss(features, **options), expected)
+    assert len(made) == 2
+    assert functional._entry_weights.cache_info().currsize == 0
+    monkeypatch.undo()
+    assert torch.equal(ffr_loss(features, **options), expected)
+    assert functional._entry_weights.cache_info().currsize == 1
