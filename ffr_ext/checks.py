@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from numbers import Real
 from typing import Any
 
@@ -117,18 +118,17 @@ def check_one_device(first: int, stage: Sequence[Tensor]) -> None:
 def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
     """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
     if isinstance(weight, Tensor):
-        if weight.dim() == 0:
-            return weight
-        if weight.dim() != 1 or weight.shape[0] != count:
+        if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != count):
             raise ValueError(
                 f"{name}: expected a float or one weight per term ({count}), got a tensor of "
                 f"shape {tuple(weight.shape)}"
             )
+        _check_entries(name, weight)
         return weight
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):
         # Traced with dynamic sizes a float can be symbolic; its value is not known then.
         return weight if torch.compiler.is_compiling() else _finite(name, weight)
-    if isinstance(weight, (bool, str)) or not hasattr(weight, "__iter__"):
+    if isinstance(weight, (bool, str, Mapping, AbstractSet)) or not hasattr(weight, "__iter__"):
         if isinstance(weight, Real) and not isinstance(weight, bool):  # a number of numpy's
             return _finite(name, weight)
         raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
@@ -138,11 +138,58 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
     return weights
 
 
+def _check_entries(name: str, weight: Tensor) -> None:
+    """What `_finite` refuses of numbers, of a tensor; its values only where looking costs nothing and shows them."""
+    if weight.dtype == torch.bool or weight.is_complex():
+        raise TypeError(f"{name}: expected a tensor of real numbers, got dtype {weight.dtype}")
+    if (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and not weight.requires_grad
+        and runs_eagerly()
+    ):
+        for index, number in enumerate(weight.reshape(-1).tolist()):
+            _finite(f"{name}[{index}]" if weight.dim() else name, number)
+
+
 def _finite(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name}: a tensor that requires grad would lose its gradient in a sequence; pass all weights as one "
+            "1-D tensor (torch.stack)"
+        )
     try:
         number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number, got an integer too large for a float") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform is running. No public question exists; without the private one assume none."""
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(ask is not None and ask())
+
+
+def runs_eagerly() -> bool:
+    """Whether what is computed now is just computed: nobody transforms, traces or intercepts it, so numbers may be
+    looked at and tensors kept. Where torch lacks one of the private questions, assume that nobody does.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return False
+    # make_fx, FakeTensorMode, FlopCounterMode, ...
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
+    traced = getattr(torch._C, "_get_tracing_state", None)  # torch.jit.trace
+    return not (
+        (modes is not None and modes())
+        or (before_dispatch is not None and before_dispatch())
+        or (traced is not None and traced() is not None)
+    )

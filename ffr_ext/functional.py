@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference, weighted
-from .autograd import FlowSpec, FlowStats, apply, runs_eagerly
+from .autograd import FlowSpec, FlowStats, apply
+from .checks import runs_eagerly
 from .stages import Plan, Stage, make_plan, stage_features
 
 Weight = float | Sequence[float] | Tensor
@@ -99,7 +100,9 @@ def ffr_loss(
         features: any iterable of tensors (list, tuple, generator, dict values) in depth order, each (B, ...) of rank
             >= 1, float16, bfloat16, float32 or float64, in any layout. Consecutive features of one shape form a stage;
             differences are taken inside stages. Mixed dtypes within a stage are promoted.
-        gradient: weight of the first differences: a float, or one weight per term in depth order.
+        gradient: weight of the first differences: a float, or one weight per term in depth order (a sequence of floats
+            or a 1-D tensor). NaN and infinite weights are refused. A tensor is looked at only where that neither waits
+            nor ends up in a graph: on the CPU, without requires_grad, and while nobody traces.
         curvature: weight of the second differences, likewise.
         norm: "l1" (sum of absolute values), "l2_squared" (sum of squares) or "l2" (Euclidean norm of each sample's
             difference, summed over samples: with the gradient terms the exact length of the trajectory).
@@ -117,10 +120,10 @@ def ffr_loss(
         gradient at 0 is 0. Only features that require grad get one, in their own dtype and strides.
 
     Raises:
-        TypeError: a feature is no tensor or no floating-point tensor, or a weight is no number.
+        TypeError: a feature is no tensor or no floating-point tensor, or a weight is no real number.
         ValueError: an unknown option; no term at all (fewer than two features, or no two neighbours of one shape);
-            features of one stage on different devices; as many weights as there are terms were expected; a stage
-            boundary that `transition="pool"` cannot map.
+            features of one stage on different devices; as many weights as there are terms were expected; a weight that
+            is not finite; a stage boundary that `transition="pool"` cannot map.
         RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
     """
     loss, _terms = penalty(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -49,7 +50,13 @@ def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
             f"layers: expected 'auto', names, modules or a predicate, got one {type(layers).__name__}; "
             "wrap a single module in a list"
         )
+    if isinstance(layers, type):
+        raise TypeError(
+            f"layers: expected 'auto', names, modules or a predicate, got the class {layers.__name__}; for all "
+            f"modules of it pass lambda name, module: isinstance(module, {layers.__name__})"
+        )
     if callable(layers) and not isinstance(layers, nn.Module):
+        _check_predicate(layers)
         chosen = {name: module for name, module in model.named_modules() if name and layers(name, module)}
         if not chosen:
             raise ValueError(f"layers: the predicate chose none of the modules of {type(model).__name__}")
@@ -59,6 +66,20 @@ def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
             f"layers: expected 'auto', names, modules or a predicate, got {type(layers).__name__}"
         )
     return _by_name_or_identity(model, layers)
+
+
+def _check_predicate(predicate: Callable[..., bool]) -> None:
+    """TypeError if it cannot be called with a name and a module."""
+    try:
+        signature = inspect.signature(predicate)
+    except (TypeError, ValueError):  # some callables made in C have none
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise TypeError(
+            f"layers: expected a predicate (name, module) -> bool, got one with {signature}"
+        ) from error
 
 
 def _by_name_or_identity(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[str, nn.Module]:

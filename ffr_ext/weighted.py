@@ -139,7 +139,7 @@ def weighted_sum(stats: Tensor, weights: EntryWeights, dtype: torch.dtype) -> Te
 
 
 class _WeightedFlow(torch.autograd.Function):
-    """The node. Without setup_context: neither torch.func nor a tracer gets here (`autograd.runs_eagerly`)."""
+    """The node. Without setup_context: neither torch.func nor a tracer gets here (`checks.runs_eagerly`)."""
 
     @staticmethod
     def forward(
