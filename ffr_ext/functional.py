@@ -260,8 +260,16 @@ def _stats(
     features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
 ) -> Tensor:
     """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
+    if torch.compiler.is_compiling():
+        # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
+        features = [f.view_as(f) for f in features]
     spec, walked = _walk(features, stages, squared, per_sample, backend)
-    stats, _signs = apply(FlowStats, spec, *walked)
+    if torch.compiler.is_compiling() and not any(f.requires_grad and torch.is_grad_enabled() for f in walked):
+        stats, _signs = FlowStats.forward(
+            spec, *walked
+        )  # Dynamo cannot trace a node that nobody differentiates
+    else:
+        stats, _signs = apply(FlowStats, spec, *walked)
     return stats
 
 

@@ -57,6 +57,32 @@ def test_a_training_step_is_one_graph_with_the_same_gradients(
         assert torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("mode", ["no_grad", "no gradient wanted"])
+@pytest.mark.parametrize("norm", ["l1", "l2_squared"])
+def test_a_loss_that_nobody_differentiates_is_one_graph(norm: str, mode: str, backend: str) -> None:
+    features = random_features(*[(3, 4)] * 4)
+    if mode == "no gradient wanted":
+        features = [f.detach() for f in features]
+    with torch.set_grad_enabled(mode != "no_grad"):
+        compiled = torch.compile(ffr_loss, fullgraph=True, backend="aot_eager")(
+            features, norm=norm, backend=backend
+        )
+    assert not compiled.requires_grad
+    torch.testing.assert_close(compiled, ffr_loss(features, norm=norm, backend=backend).detach())
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
+def test_an_argument_of_a_compiled_torch_func_grad_can_be_a_feature_itself(norm: str, backend: str) -> None:
+    """Inside such a graph Dynamo tells an autograd.Function that this argument needs no gradient."""
+
+    def loss(x: Tensor) -> Tensor:
+        return ffr_loss([2 * x, x, x * x], norm=norm, backend=backend)
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.func.grad(loss)(x))
+
+
 def test_compiled_terms(backend: str) -> None:
     features = random_features(*[(3, 4)] * 4)
     compiled = torch.compile(flow_terms, fullgraph=True, backend="aot_eager")
