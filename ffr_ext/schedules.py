@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .flow import FeatureFlow
+from .checks import check_choice
+from .flow import FeatureFlow
 
 SHAPES = ("linear", "cosine")
 
@@ -45,7 +46,8 @@ class WeightSchedule:
         shape: of the ramp, ``"linear"`` or ``"cosine"``.
 
     Raises:
-        ValueError: negative steps, an unknown shape, or a stop before the weights are up.
+        TypeError: ``flow`` is no FeatureFlow, or steps are no number.
+        ValueError: negative or broken steps, an unknown shape, or a stop before the weights are up.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class WeightSchedule:
         stop: int | None = None,
         shape: str = "linear",
     ) -> None:
-        for name, steps in (("wait", wait), ("ramp", ramp)):
-            if steps < 0:
-                raise ValueError(f"{name}: expected a number of steps >= 0, got {steps}")
-        if shape not in SHAPES:
-            raise ValueError(f"shape: expected one of {', '.join(map(repr, SHAPES))}, got {shape!r}")
+        if not isinstance(flow, FeatureFlow):
+            raise TypeError(f"flow: expected a FeatureFlow, got {type(flow).__name__}")
+        wait, ramp = _steps("wait", wait), _steps("ramp", ramp)
+        stop = None if stop is None else _steps("stop", stop)
+        check_choice("shape", shape, SHAPES)
         if stop is not None and stop < wait + ramp:
             raise ValueError(f"stop: expected at least wait + ramp = {wait + ramp} steps, got {stop}")
         self.flow = flow
@@ -90,7 +92,7 @@ class WeightSchedule:
 
     def set(self, steps: int) -> None:
         """Set the weights for the step after ``steps`` steps, for trainers that count them themselves."""
-        self.steps = steps
+        self.steps = _steps("steps", steps)
         factor = self.factor
         self.flow.gradient, self.flow.curvature = (_times(weight, factor) for weight in self._full)
         self.flow.enabled = factor != 0
@@ -102,7 +104,21 @@ class WeightSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self.set(int(state["steps"]))
+        if not isinstance(state, Mapping) or "steps" not in state:
+            raise ValueError(f"state: expected what state_dict() returned, {{'steps': ...}}, got {state!r}")
+        self.set(state["steps"])
+
+
+def _steps(name: str, value: Any) -> int:
+    """A number of steps, numpy's too, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number of steps >= 0, got {value!r}")
+    number: Any = value
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a number of steps >= 0, got {value}")
+    if number != int(number):
+        raise ValueError(f"{name}: expected a whole number of steps, got {value}")
+    return int(number)
 
 
 def _times(weight: float | Sequence[float] | Tensor, factor: float) -> float | list[float] | Tensor:
