@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_pruning_compact import Residual, dead, difference
+from torch import Tensor, nn
 
 from ffr_ext import CompactionPlan
 from ffr_ext.__main__ import main
@@ -62,9 +65,123 @@ def test_threshold_zeroes_first(checkpoint: Path, capsys: pytest.CaptureFixture[
     assert "zeroed" in capsys.readouterr().out
 
 
+def save(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def renamed(**prefixes: str) -> dict[str, Tensor]:
+    """The weights with a prefix in front of the names that begin so; "" is any name."""
+    return {
+        next((p for start, p in prefixes.items() if name.startswith(start)), prefixes.get("rest", ""))
+        + name: tensor
+        for name, tensor in dead().state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", [None, "model"])
+def test_the_prefix_of_a_wrapper_is_taken_off_and_said(
+    prefix: str, key: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = renamed(rest=prefix)
+    path = save(tmp_path / "model.pt", state if key is None else {key: state})
+    assert main(["sparsity", MODEL, path, "--json", *([] if key is None else ["--key", key])]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["total"]["zero_filters"] == 10
+    assert f"took the prefix {prefix!r}" in err
+    assert len(err.splitlines()) == 1
+
+
+def wrapped() -> nn.Module:
+    """A model whose own names begin like those of a wrapper."""
+    model = nn.Module()
+    model.module = dead()
+    return model
+
+
+def test_a_prefix_of_the_models_own_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "model.pt", renamed(rest="module."))
+    assert main(["sparsity", "test_pruning_cli:wrapped", path, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["total"]["zero_filters"] == 10
+    assert err == ""
+
+
+CHECKPOINTS: dict[str, Any] = {
+    # what is in the file, further arguments, and what the message says
+    "under a key": (
+        lambda: {"model": dead().state_dict(), "epoch": 3},
+        [],
+        "under 'model': pass --key model",
+    ),
+    "under several": (
+        lambda: {"state_dict": dead().state_dict(), "ema": dead().state_dict(), "optimizer": {"state": {}}},
+        [],
+        "under 'state_dict', 'ema': pass --key NAME",
+    ),
+    "another key": (
+        lambda: {"model": dead().state_dict()},
+        ["--key", "modle"],
+        "--key: .* has no entry 'modle'; .*under 'model': pass --key model",
+    ),
+    "the key of something else": (
+        lambda: {"model": dead().state_dict(), "epoch": 3},
+        ["--key", "epoch"],
+        r"expected a state dict in .*\['epoch'\], got int; .*under 'model': pass --key model",
+    ),
+    "a prefix on some names only": (
+        lambda: renamed(stem="module."),
+        [],
+        "does not fit Residual: stem.0.weight, .* missing; module.stem.0.weight, .* not in the model$",
+    ),
+    "a prefix on names of another model": (
+        lambda: {f"module.{name}": tensor for name, tensor in nn.Linear(2, 2).state_dict().items()},
+        [],
+        "does not fit Residual: .*; module.weight, module.bias not in the model$",
+    ),
+    "a part of what was saved": (
+        lambda: renamed(rest="net."),
+        [],
+        r"net.stem.0.weight, .* not in the model; without 'net\.' in front the names would fit",
+    ),
+    "other sizes": (
+        lambda: Residual(width=16).state_dict(),
+        [],
+        r"other shapes: stem.0.weight \(16, 3, 3, 3\) for \(8, 3, 3, 3\), .* and \d+ more$",
+    ),
+    "a whole model": (lambda: dead(), [], r"holds other objects than tensors.*save model\.state_dict\(\)"),
+    "a tensor": (lambda: torch.ones(2), [], "expected a state dict in .*, got Tensor$"),
+}
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit_says_why_and_what_to_try(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, arguments, message = CHECKPOINTS[what]
+    with pytest.raises(SystemExit) as stop:
+        main(["sparsity", MODEL, save(tmp_path / "model.pt", content()), *arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("content", [b"", b"hello there", b"PK\x03\x04"], ids=["empty", "text", "half a zip"])
+def test_a_file_that_torch_did_not_write(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["sparsity", MODEL, str(path)])
+    assert "is no file that torch.save wrote" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([MODEL, "--key", "model"], "--key: there is no checkpoint"),
         (["no.such.module:f"], "No module named"),
         (["test_pruning_compact"], "expected package.module:function"),
         ([MODEL, "missing.pt"], "missing.pt"),

@@ -133,6 +133,8 @@ class _clear_errors:
 def _load(arguments: argparse.Namespace) -> torch.nn.Module:
     import torch
 
+    from .checkpoint import load_checkpoint
+
     module_name, colon, function = arguments.model.partition(":")
     if not colon:
         raise ValueError(f"model: expected package.module:function, got {arguments.model!r}")
@@ -142,8 +144,9 @@ def _load(arguments: argparse.Namespace) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: {arguments.model} made a {type(model).__name__}, expected an nn.Module")
     if arguments.checkpoint is not None:
-        state = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state[arguments.key] if arguments.key is not None else state)
+        load_checkpoint(model, arguments.checkpoint, arguments.key)
+    elif arguments.key is not None:
+        raise ValueError("--key: there is no checkpoint that it could be in")
     return model
 
 
