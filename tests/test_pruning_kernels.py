@@ -170,6 +170,14 @@ def test_gather_refuses(tensors, keep, dim, error, message) -> None:  # type: ig
         (([W.long()],), ValueError, r"weights\[0\]: expected dtype"),
         (([W], 2, 5), ValueError, "no dimension"),
         ((W,), TypeError, "one Tensor"),
+        ((3,), TypeError, "weights: expected a sequence of tensors, got int"),
+        ((None,), TypeError, "weights: expected a sequence of tensors, got NoneType"),
+        (([3],), TypeError, r"weights\[0\]: expected a Tensor, got int"),
+        (([W], True), ValueError, "p: expected 1, 2 or inf, got True"),
+        (([W], 2, "0"), TypeError, "dim: expected a whole number, or one per tensor, got '0'"),
+        (([W], 2, None), TypeError, "dim: expected a whole number, or one per tensor, got None"),
+        (([W], 2, True), TypeError, "dim: expected a whole number, or one per tensor, got True"),
+        (([W], 2, [0.5]), TypeError, r"dim\[0\]: expected a whole number, got 0.5"),
     ],
 )
 def test_norms_refuse(arguments, error, message) -> None:  # type: ignore[no-untyped-def]

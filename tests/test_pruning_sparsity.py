@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_pruning_compact import Residual, X, dead, difference
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from ffr_ext import compact, sparsity, zero_small_filters
 from ffr_ext.pruning.pairing import pair_by_graph, pair_by_structure
@@ -203,13 +206,83 @@ def test_structure_and_graph_agree_on_models_of_others(name: str) -> None:
     [
         (lambda: sparsity(dead(), -1.0), ValueError, "threshold: expected at least 0, got -1"),
         (lambda: sparsity(dead(), float("nan")), ValueError, "threshold"),
-        (lambda: zero_small_filters(dead(), [0.1]), TypeError, "threshold: expected a number, got list"),
+        (lambda: sparsity(dead(), float("inf")), ValueError, "threshold: expected a finite number, got inf"),
+        (lambda: sparsity(dead(), "0.1"), TypeError, "threshold: expected a number, got str"),
+        (
+            lambda: zero_small_filters(dead(), [0.1]),
+            TypeError,
+            "threshold: expected a number, got list; several thresholds are for dry_run=True",
+        ),
+        (
+            lambda: zero_small_filters(dead(), torch.ones(2)),
+            TypeError,
+            r"got Tensor of shape \(2,\).*dry_run",
+        ),
+        (lambda: zero_small_filters(dead(), "0.1"), TypeError, "threshold: expected a number, got str$"),
+        (lambda: zero_small_filters(dead(), torch.tensor(True)), TypeError, "threshold: expected a number"),
+        (lambda: zero_small_filters(dead(), np.True_), TypeError, "threshold: expected a number, got bool"),
+        (lambda: zero_small_filters(dead(), torch.tensor(float("nan"))), ValueError, "threshold.*got nan"),
+        (lambda: zero_small_filters(dead(), np.float32("inf")), ValueError, "threshold.*finite.*got inf"),
+        (lambda: zero_small_filters(dead(), np.float64(-1)), ValueError, "threshold.*at least 0, got -1"),
+        (lambda: zero_small_filters(dead(), None, dry_run=True), TypeError, "threshold.*got NoneType"),
+        (lambda: zero_small_filters(dead(), [[0.1]], dry_run=True), TypeError, "threshold.*got list"),
+        (lambda: zero_small_filters(dead(), [0.1, float("inf")], dry_run=True), ValueError, "finite"),
+        (lambda: zero_small_filters(dead(), 0.1, dry_run="yes"), TypeError, "dry_run.*got 'yes'"),
+        (
+            lambda: sparsity(dead(), example_inputs=torch.randn(X).to_sparse()),
+            ValueError,
+            "example_inputs: expected dense.*sparse_coo",
+        ),
+        (
+            lambda: zero_small_filters(dead(), 0.1, example_inputs={"x": torch.randn(X).to_sparse()}),
+            ValueError,
+            "example_inputs: expected dense.*sparse_coo",
+        ),
+        (
+            lambda: sparsity(dead(), example_inputs=torch.randn(1, 1, 8, 8)),
+            ValueError,
+            "^torch.export could not trace Residual with these example_inputs",
+        ),
         (lambda: sparsity(None), TypeError, "model: expected an nn.Module"),
     ],
 )
 def test_refusals(call, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "threshold",
+    [np.float32(0.9), np.float64(0.9), torch.tensor(0.9), torch.tensor(0.9, requires_grad=True)],
+    ids=["float32", "float64", "tensor", "parameter"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_threshold_may_come_from_numpy_or_torch(threshold: Any) -> None:
+    model = dead()
+    same = copy.deepcopy(model)
+    points = zero_small_filters(model, threshold, dry_run=True)
+    assert (
+        points[0].filters == sparsity(model, threshold).zero_filters == sparsity(model, 0.9).zero_filters > 0
+    )
+    assert zero_small_filters(model, threshold) == zero_small_filters(same, 0.9) != []
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "parametrization", "mask"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_cannot_be_zeroed(kind: str) -> None:
+    """Zeros written to it would be gone at the next access or call."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    if kind == "weight_norm":
+        nn.utils.weight_norm(model[2])
+    elif kind == "parametrization":
+        nn.utils.parametrizations.weight_norm(model[2])
+    else:
+        prune.random_unstructured(model[2], "weight", 0.1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model: 2\.weight is no parameter but computed.*remove_"):
+        zero_small_filters(model, 100.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert zero_small_filters(model, 0.0) == []
 
 
 def test_zeroed_filters_leave_exactly() -> None:

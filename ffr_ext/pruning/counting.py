@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .report import count_parameters, flop_counter
 from .scale import effective_scales, find_layers
@@ -120,7 +123,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
 
     Args:
         model: Any module. Nothing is run without ``example_inputs``, and nothing is changed.
-        threshold: At least 0.
+        threshold: A finite number of at least 0.
         example_inputs: A tensor, a tuple or a dict: adds FLOPs (``torch.utils.flop_counter``), and finds the
             batch norm behind each layer from the exported graph instead of the order of the modules.
 
@@ -129,7 +132,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     layers = find_layers(model, example_inputs)
     flops = None if example_inputs is None else _flops_by_module(model, example_inputs)
     counted = []
@@ -158,14 +161,26 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
         parameters=count_parameters(model),
         flops=None if flops is None else flops[""],
     )
-    return SparsityReport(float(threshold), tuple(counted), total)
+    return SparsityReport(threshold, tuple(counted), total)
 
 
-def check_threshold(threshold: float) -> None:
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold: expected at least 0, got {threshold}")
+def check_threshold(threshold: Any, hint: str = "") -> float:
+    """The threshold as a float: a number, of numpy's too, or a 0-dim tensor."""
+    value = threshold
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and value.dtype != torch.bool:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TypeError(f"threshold: expected a number, got {type(value).__name__}{shape}{hint}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not number >= 0:
+        raise ValueError(f"threshold: expected at least 0, got {value}")
+    if number == math.inf:
+        raise ValueError(f"threshold: expected a finite number, got {value}")
+    return number
 
 
 def _flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:

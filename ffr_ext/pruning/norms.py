@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +39,13 @@ def filter_norms(
         float32. Not differentiable.
 
     Raises:
-        TypeError: ``weights`` is not a sequence of tensors.
+        TypeError: ``weights`` is not a sequence of tensors, or ``dim`` no whole number or sequence of them.
         ValueError: another p, a dtype that is not listed, a ``dim`` that a weight does not have.
     """
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected a sequence of tensors, got {type(weights).__name__}")
     tensors = tensor_list("weights", weights)
-    if p not in (1, 2, math.inf):
+    if isinstance(p, bool) or p not in (1, 2, math.inf):
         raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
     dims = dims_of("dim", dim, tensors)
     for index, weight in enumerate(tensors):
@@ -90,10 +94,22 @@ def _result_dtype(weight: Tensor) -> torch.dtype:
 
 def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
     """One non-negative dimension per tensor, or ValueError naming the tensor that lacks it."""
-    dims = [dim] * len(tensors) if isinstance(dim, int) else list(dim)
+    if _is_whole(dim):
+        dims: list[Any] = [dim] * len(tensors)
+    elif isinstance(dim, Iterable) and not isinstance(dim, str | Tensor):
+        dims = list(dim)
+    else:
+        raise TypeError(f"{name}: expected a whole number, or one per tensor, got {dim!r}")
+    for index, d in enumerate(dims):
+        if not _is_whole(d):
+            raise TypeError(f"{name}[{index}]: expected a whole number, got {d!r}")
     if len(dims) != len(tensors):
         raise ValueError(f"{name}: expected one number, or one per tensor ({len(tensors)}), got {len(dims)}")
     for index, (d, tensor) in enumerate(zip(dims, tensors, strict=True)):
         if not -tensor.dim() <= d < tensor.dim():
             raise ValueError(f"{name}: {d} is no dimension of tensor {index} of shape {tuple(tensor.shape)}")
-    return [d % t.dim() for d, t in zip(dims, tensors, strict=True)]
+    return [int(d) % t.dim() for d, t in zip(dims, tensors, strict=True)]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

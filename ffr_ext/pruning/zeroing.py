@@ -4,14 +4,15 @@ out."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .counting import check_threshold
+from .filters import Layer
 from .scale import effective_scales, find_layers
 
 
@@ -75,40 +76,47 @@ def zero_small_filters(
 
     Args:
         model: Any module with convolutions or linear layers.
-        threshold: At least 0. For a dry run also a sequence of thresholds.
+        threshold: A finite number of at least 0. For a dry run also a sequence of thresholds.
         example_inputs: A tensor, a tuple or a dict. With them the batch norm behind each layer is found from
             the exported graph; without, from the order of the modules, and only where that leaves no doubt.
         dry_run: Change nothing and return the curve: one `CurvePoint` for each threshold, in rising order.
 
     Returns:
         One `ZeroedFilters` for each layer in which something changed; a second call returns an empty list.
+
+    Raises:
+        TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers), ``dry_run`` no bool.
+        ValueError: ``threshold`` is negative or not finite; the weight of a filter to zero is computed (weight_norm,
+            a pruning mask) and no parameter. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(dry_run, bool):
+        raise TypeError(f"dry_run: expected True or False, got {dry_run!r}")
+    several = (
+        isinstance(threshold, Iterable) and getattr(threshold, "ndim", None) != 0
+    )  # a 0-dim tensor is a number
     if dry_run:
-        thresholds = [threshold] if isinstance(threshold, int | float) else list(threshold)
-        for value in thresholds:
-            check_threshold(value)
-        return [_point(model, value, example_inputs) for value in sorted(thresholds)]
-    check_threshold(threshold)  # type: ignore[arg-type]  # a sequence is a TypeError here
-    return _zero(model, threshold, example_inputs)  # type: ignore[arg-type]
+        thresholds: Any = threshold if several else [threshold]
+        values = [check_threshold(value) for value in thresholds]
+        return [_point(model, value, example_inputs) for value in sorted(values)]
+    hint = "; several thresholds are for dry_run=True" if several and not isinstance(threshold, str) else ""
+    return _zero(model, check_threshold(threshold, hint), example_inputs)
 
 
 def _zero(model: nn.Module, threshold: float, example_inputs: Any) -> list[ZeroedFilters]:
     zeroed = []
     layers = find_layers(model, example_inputs)
     with torch.no_grad():
+        found = []
         for layer, scales in zip(layers, effective_scales(layers), strict=True):
-            small = scales <= threshold
-            filters = layer.weight.movedim(layer.dim, 0)
-            norm: Any = layer.norm
-            gamma = None if norm is None else norm.weight
-            changed = small & (filters != 0).flatten(1).any(1)
-            if gamma is not None:
-                changed |= small & (gamma != 0)
-            if not bool(changed.any()):
-                continue
-            filters[changed] = 0  # a view of the weight: this writes to it
+            changed = _to_change(layer, scales <= threshold)
+            if bool(changed.any()):
+                _check_writable(layer)
+                found.append((layer, scales, changed))
+        for layer, scales, changed in found:
+            layer.weight.movedim(layer.dim, 0)[changed] = 0  # a view of the weight: this writes to it
+            gamma = _gamma(layer)
             if gamma is not None:
                 gamma[changed] = 0
             indices = changed.nonzero().flatten()
@@ -120,11 +128,34 @@ def _zero(model: nn.Module, threshold: float, example_inputs: Any) -> list[Zeroe
     return zeroed
 
 
+def _gamma(layer: Layer) -> Tensor | None:
+    norm: Any = layer.norm
+    return None if norm is None else norm.weight
+
+
+def _to_change(layer: Layer, small: Tensor) -> Tensor:
+    """Which of the small filters are not all zeros yet, with their gamma."""
+    changed = small & (layer.weight.movedim(layer.dim, 0) != 0).flatten(1).any(1)
+    gamma = _gamma(layer)
+    return changed if gamma is None else changed | (small & (gamma != 0))
+
+
+def _check_writable(layer: Layer) -> None:
+    """ValueError for a weight that is computed at every access or call: zeros written to it would be lost."""
+    for path, module in ((layer.name, layer.module), (layer.norm_name, layer.norm)):
+        if module is not None and module.weight is not None and "weight" not in module._parameters:
+            raise ValueError(
+                f"model: {path}.weight is no parameter but computed (weight_norm, a parametrization, a pruning "
+                "mask), so its filters cannot be zeroed; make it one first (remove_weight_norm, "
+                "remove_parametrizations, prune.remove)"
+            )
+
+
 def _point(model: nn.Module, threshold: float, example_inputs: Any) -> CurvePoint:
     layers = find_layers(model, example_inputs)
     filters = sum(int((scales <= threshold).sum()) for scales in effective_scales(layers))
     if example_inputs is None:
-        return CurvePoint(float(threshold), filters)
+        return CurvePoint(threshold, filters)
     from .checking import Check
     from .compaction import compact
     from .tracing import as_call
@@ -134,7 +165,7 @@ def _point(model: nn.Module, threshold: float, example_inputs: Any) -> CurvePoin
     _zero(smaller, threshold, example_inputs)
     report = compact(smaller, example_inputs, measure=False).report
     return CurvePoint(
-        float(threshold),
+        threshold,
         filters,
         report.parameters[1],
         report.flops[1],
