@@ -118,6 +118,7 @@ class Analysis:
             tuple[str, str, Tensor]
         ] = []  # (module, attribute, labels it counts) with no tensor to tell
         self.out_axes: dict[str, int] = {}  # weight -> the dimension of its filters
+        self.filters_of_computed: list[Tensor] = []  # labels of the filters of weights that are no parameters
         self._roots: dict[Node, Node] = {}
         self._shares: dict[Node, list[Node]] = defaultdict(list)
         self.made: dict[Node, Any] = {}  # the flows as the nodes made them, before anything wrote to them

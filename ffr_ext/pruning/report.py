@@ -138,6 +138,8 @@ def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
         tensors.setdefault(family, []).append(f"{name}[{dim}]")
         if solver.analysis.out_axes.get(name) == dim:
             with_filters.add(family)
+    for labels in solver.analysis.filters_of_computed:
+        with_filters.update(solver.family[solver.sets.channel_of[labels]].tolist())
     result = []
     for family, axes in tensors.items():
         if family in with_filters:

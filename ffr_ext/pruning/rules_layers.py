@@ -50,6 +50,32 @@ def _known(analysis: Analysis, labels: Labels, size: int, what: str) -> Tensor:
     return analysis.sets.new_pinned(size, what) if labels is None else labels
 
 
+def _computed(node: Node) -> str:
+    return (
+        f"the weight of {where(node)} is no parameter but computed (as weight_norm does), and cannot be cut; make it "
+        "one first (remove_parametrizations, remove_weight_norm)"
+    )
+
+
+def _outputs_of(analysis: Analysis, node: Node, weight: Flow, dim: int) -> Tensor:
+    """The labels of a weight's filters."""
+    labels, size = weight.labels[dim], weight.shape[dim]
+    if labels is None and size > 1:
+        labels = analysis.sets.new_pinned(size, _computed(node))
+        analysis.filters_of_computed.append(labels)
+    labels = _known(analysis, labels, size, "the only channel")
+    analysis.sets.claim(labels)
+    return labels
+
+
+def _read_by(analysis: Analysis, node: Node, inputs: Tensor, own: Labels) -> None:
+    """The input channels of a weight are the channels that it reads, and stay where it has none to cut."""
+    if own is not None:
+        analysis.sets.unify(inputs, own)
+    elif inputs.numel() > 1:
+        analysis.sets.pin(inputs, _computed(node))
+
+
 def _dropped(analysis: Analysis, labels: Labels, size: int) -> Labels:
     """Labels as a dimension of a flow carries them: a dimension of size 1 carries none, and its channel
     stays."""
@@ -108,8 +134,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
 
     inputs = _known(analysis, x.labels[channel], n_in, "an input of the model, or a tensor without channels")
     own_in, own_out = (0, 1) if transposed and groups == 1 else (1, 0)
-    outputs = _known(analysis, weight.labels[own_out], n_out, "the only channel")
-    analysis.sets.claim(outputs)
+    outputs = _outputs_of(analysis, node, weight, own_out)
     analysis.pin(weight, "the kernel of a convolution", range(2, weight.rank))
     if bias is not None and bias.labels[0] is not None:
         analysis.sets.unify(outputs, bias.labels[0])
@@ -125,8 +150,8 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
             analysis, weight, inputs, outputs, taken, value, live, borders, bias_value
         )
     else:
-        if groups == 1 and weight.labels[own_in] is not None:
-            analysis.sets.unify(inputs, weight.labels[own_in])
+        if groups == 1:
+            _read_by(analysis, node, inputs, weight.labels[own_in])
         target = _bias_target(analysis, node, weight, bias, n_out)
         pieces = []
         for g in range(groups):
@@ -282,11 +307,8 @@ def _weighted(
     matrix = weight.state.value.expand(weight.shape)
     matrix = matrix.t() if out_dim else matrix
     inputs = _known(analysis, x.labels[-1], n_in, "an input of the model, or a tensor without channels")
-    outputs = _known(analysis, weight.labels[out_dim], n_out, "the only channel")
-    analysis.sets.claim(outputs)
-    own_inputs = weight.labels[1 - out_dim]
-    if own_inputs is not None:
-        analysis.sets.unify(inputs, own_inputs)
+    outputs = _outputs_of(analysis, node, weight, out_dim)
+    _read_by(analysis, node, inputs, weight.labels[1 - out_dim])
     if bias is not None and bias.labels[0] is not None:
         analysis.sets.unify(outputs, bias.labels[0])
     if weight.name is not None:
