@@ -7,6 +7,7 @@ import copy
 import hashlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,94 @@ def test_an_example_that_checks_nothing_is_refused(x: Tensor) -> None:
 def test_a_flag_that_is_none_is_refused(flag: str) -> None:
     with pytest.raises(TypeError, match=f"{flag}: expected True or False, got 'no'"):
         compact(dead(), torch.randn(1, 3, 8, 8), **{flag: "no"})
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adam", torch.optim.Adam, [torch.zeros(1)]], ids=["name", "class", "list"]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_no_optimizer_is_refused_before_the_model_runs(optimizer: Any, inplace: bool) -> None:
+    model = dead()
+    model.forward = lambda x: pytest.fail("the model was run")  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError, match=r"optimizer: expected the torch\.optim\.Optimizer.*got "):
+        compact(model, torch.randn(X), optimizer=optimizer, inplace=inplace)
+
+
+SPARSE = {
+    "coo": lambda: torch.randn(X).to_sparse(),
+    "csr": lambda: torch.randn(4, 4).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3, 8, 8)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(3, 8)], layout=torch.jagged),
+    "in a tuple": lambda: (torch.randn(X).to_sparse(),),
+    "in a dict": lambda: {"x": torch.randn(X).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_examples_that_are_not_dense_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs: expected dense \(strided\) tensors, got "):
+        compact(dead(), SPARSE[kind]())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (torch.randn(1, 1, 8, 8), "RuntimeError: .*3 channels"),
+        (torch.randn(X).double(), "RuntimeError: .*([Dd]ouble)"),
+        ((torch.randn(X), torch.randn(X)), "TypeError: .*positional arguments"),
+        ({"image": torch.randn(X)}, "TypeError: .*'image'"),
+        (X, "TypeError: .*positional arguments"),
+        ([[1.0, 2.0]], "TypeError: "),
+    ],
+    ids=["channels", "dtype", "too many", "name", "a shape", "numbers"],
+)
+def test_examples_that_do_not_fit_the_model_are_named(inputs: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"example_inputs: Residual fails on them in eval mode: {reason}"):
+        compact(dead(), inputs)
+
+
+def test_whole_numbers_of_numpys_are_counts() -> None:
+    plain = compact(dead(), torch.randn(X), round_to=4, measure=False).plan
+    assert compact(dead(), torch.randn(X), round_to=np.int64(4), measure=False).plan.cuts == plain.cuts
+
+
+class Summed(nn.Module):
+    """Two convolutions with a group norm whose outputs are added; dead channels in both."""
+
+    def __init__(self, computed: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
+        self.norm_a, self.norm_b = nn.GroupNorm(4, 16), nn.GroupNorm(4, 16)
+        self.head = nn.Linear(16, 3)
+        with torch.no_grad():
+            for conv, norm in ((self.a, self.norm_a), (self.b, self.norm_b)):
+                for tensor in (conv.weight, conv.bias, norm.weight, norm.bias):
+                    tensor[:4] = 0
+        if computed:
+            # Filters of zeros have no direction; their length is what weight_norm sets to 0.
+            nn.init.normal_(getattr(self, computed).weight)
+            layer = nn.utils.parametrizations.weight_norm(getattr(self, computed))
+            nn.init.zeros_(layer.parametrizations.weight.original0[:4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_a(self.a(x)).relu()
+        return self.head((x + self.norm_b(self.b(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("computed", ["", "a", "b", "head"])
+def test_channels_of_a_computed_weight_stay_and_the_report_says_why(computed: str) -> None:
+    model = Summed(computed).eval()
+    report = compact(model, torch.randn(X), measure=False).report
+    (channels,) = [s for s in report.sets if any("norm_a.weight" in t for t in s.tensors)] or [report.sets[0]]
+    if not computed:
+        assert channels.removed == 4
+        return
+    assert channels.removed == 0
+    op = "linear" if computed == "head" else "conv2d"
+    (reason,) = channels.reasons
+    assert reason.startswith(f"the weight of {op} in {computed} is no parameter but computed")
+    assert report.notes == []
 
 
 def test_inplace_cuts_the_model_itself() -> None:

@@ -77,6 +77,33 @@ def test_the_next_step_is_the_masked_one(name: str, inplace: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
 
 
+def test_a_bias_in_front_of_a_batch_norm_is_noise_to_adam_and_changes_no_output() -> None:
+    """The norm subtracts it, so that its gradient is rounding noise, which Adam divides by its own size."""
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            *(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Conv2d(64, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4)),
+        )
+        with torch.no_grad():
+            for tensor in (model[0].weight, model[0].bias, model[1].weight, model[1].bias):
+                tensor[3:37] = 0
+        return model
+
+    model, masked = make(), make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    result = compact(model, torch.randn(X), optimizer=optimizer, measure=False)
+    x = torch.randn(16, 3, 17, 17)
+    one_step(optimizer, result.model, x)
+    one_step(torch.optim.Adam(masked.parameters(), lr=1e-2), masked, x)
+    expected = result.plan.apply(masked)
+    for layer in (0, 3):
+        assert result.model[layer].bias.grad.abs().max() < 1e-6
+    torch.testing.assert_close(result.model(x), expected(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_new_bias_joins_the_group_of_its_weight() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3, bias=False))
     with torch.no_grad():

@@ -122,6 +122,28 @@ def test_damaged_files(damage: Any, message: str, tmp_path: Path) -> None:
         CompactionPlan.load(path)
 
 
+@pytest.mark.parametrize("path", [3, None, {}], ids=["number", "none", "dict"])
+def test_a_plan_is_saved_to_and_loaded_from_a_file_name(path: Any) -> None:
+    """A number is none: `open` would take it for a file that is open already, and close it."""
+    with pytest.raises(TypeError, match=f"path: expected a file name, got {type(path).__name__}"):
+        CompactionPlan.load(path)
+    with pytest.raises(TypeError, match=f"path: expected a file name, got {type(path).__name__}"):
+        CompactionPlan({}).save(path)
+
+
+def test_a_file_name_is_no_plan() -> None:
+    with pytest.raises(TypeError, match=r"source: .*got str; CompactionPlan\.load\(path\)"):
+        CompactionPlan("plan.json")  # type: ignore[arg-type]
+
+
+def test_what_is_no_optimizer_changes_nothing() -> None:
+    plan, model = compact(dead(), torch.randn(X), measure=False).plan, dead()
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match=r"optimizer: expected the torch\.optim\.Optimizer.*got str"):
+        plan.apply(model, "adam")  # type: ignore[arg-type]
+    assert fingerprint(model) == before
+
+
 def with_cuts(plan: CompactionPlan, **changes: Any) -> CompactionPlan:
     return CompactionPlan(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, **changes})
 

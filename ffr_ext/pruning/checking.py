@@ -28,7 +28,9 @@ class Check:
     def __init__(self, source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.source = source
         self.calls = [(args, kwargs), _random_call(args, kwargs)]
-        self.references = [_outputs(source, *call) for call in self.calls]
+        self.references = [
+            _source_outputs(source, call, random=index > 0) for index, call in enumerate(self.calls)
+        ]
         if not any(self.references):
             raise ValueError(
                 f"compact: {type(source).__name__} returns no tensors for example_inputs, so nothing can "
@@ -87,6 +89,21 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     with evaluating(model):
         leaves = pytree.tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _source_outputs(
+    source: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], random: bool
+) -> list[Tensor]:
+    try:
+        return _outputs(source, *call)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises for inputs that do not fit it
+        what = "random inputs of their shapes" if random else "them"
+        raise ValueError(
+            f"example_inputs: {type(source).__name__} fails on {what} in eval mode: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _difference(reference: list[Tensor], outputs: list[Tensor]) -> float:

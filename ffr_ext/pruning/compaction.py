@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,21 +88,24 @@ def compact(
         buffers are as they were.
 
     Raises:
-        ValueError: the model cannot be traced, is wrapped (DDP, FSDP, ``torch.compile``), an argument is out
-            of range, or the optimizer keeps a state that cannot be cut. Nothing is changed then.
+        TypeError: an argument is of another type.
+        ValueError: the model fails on the example inputs, cannot be traced, is wrapped (DDP, FSDP,
+            ``torch.compile``), an argument is out of range, or the optimizer keeps a state that cannot be cut.
+            Nothing is changed then.
         RuntimeError: under ``torch.distributed``, the ranks would remove different channels.
     """
     check_plain_module(model, "compact")
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
     for name, flag in (("strict", strict), ("inplace", inplace), ("measure", measure)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    optimizer_state.check_optimizer(optimizer)
     with check_same_on_all_ranks() as agree:
         args, kwargs = as_call(example_inputs)
         check = Check(model, args, kwargs)
-        found = _Search(model, args, kwargs, check, Options(round_to, min_channels)).run(strict)
+        found = _Search(model, args, kwargs, check, Options(int(round_to), int(min_channels))).run(strict)
         agree(found.plan.digest())
 
     before = (count_parameters(model), count_flops(model, args, kwargs), count_bytes(model))

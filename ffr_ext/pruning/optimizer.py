@@ -20,6 +20,13 @@ class OptimizerError(ValueError):
     """The optimizer's state cannot follow its parameters."""
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """TypeError unless it is an optimizer, or None."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        what = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"optimizer: expected the torch.optim.Optimizer that trains the model, got {what}")
+
+
 class Carried:
     """The state of an optimizer on its way from old parameters to new ones.
 
@@ -43,10 +50,6 @@ class Carried:
         self._states: dict[str, dict[str, Any]] = {}
         if optimizer is None:
             return
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptimizerError(
-                f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
         seen: set[int] = set()
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -16,7 +16,7 @@ from torch import nn
 from .branches import IDENTITY, ZEROS
 from .cuts import Cut, CutError
 from .cutting import apply_cuts
-from .optimizer import OptimizerError
+from .optimizer import OptimizerError, check_optimizer
 from .tracing import all_tensors, canonical_names
 
 FORMAT = "ffr_ext.compaction_plan"
@@ -45,17 +45,26 @@ class CompactionPlan:
     attributes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Mapping):
+            raise TypeError(
+                f"source: expected a mapping of names to shapes, got {type(self.source).__name__}; "
+                "CompactionPlan.load(path) reads a plan from a file"
+            )
+
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Cut ``model``, in place, and return it; ``optimizer`` then trains what is left of its parameters.
 
         Use it on a freshly made model before ``load_state_dict(torch.load(path, weights_only=True))``.
 
         Raises:
+            TypeError: ``model`` is no module, or ``optimizer`` no optimizer.
             ValueError: the plan is for another model (other names or shapes), the model is wrapped (DDP,
                 FSDP, ``torch.compile``), or the optimizer keeps a state that cannot be cut. Nothing is
                 changed then.
         """
         check_plain_module(model, "CompactionPlan.apply")
+        check_optimizer(optimizer)
         self._check_model(model)
         try:
             apply_cuts(model, self, optimizer)
@@ -78,7 +87,7 @@ class CompactionPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. It replaces the file at once, so that a reader never sees half of it."""
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        temporary = f"{_file_name(path)}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(
                 {"format": FORMAT, "version": VERSION, "sha256": self.digest(), **self._content()},
@@ -95,7 +104,7 @@ class CompactionPlan:
         Raises ValueError for a file that is no plan, is of another version, or does not match its own
         checksum.
         """
-        with open(path, encoding="utf-8") as file:
+        with open(_file_name(path), encoding="utf-8") as file:
             try:
                 data = json.load(file)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -150,6 +159,13 @@ class CompactionPlan:
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ValueError(f"this plan is for another model: {'; '.join(problems[:3])}{more}")
+
+
+def _file_name(path: str | os.PathLike[str]) -> str:
+    """TypeError for what is no file name; `open` would take a whole number for a file that is open already."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a file name, got {type(path).__name__}")
+    return os.fspath(path)
 
 
 def source_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

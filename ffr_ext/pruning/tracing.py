@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 
 @dataclass
@@ -26,11 +27,15 @@ class TracedGraph:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
 
     def outputs(self) -> list[Node]:
-        return [n for n in torch.utils._pytree.tree_leaves(self.nodes[-1].args) if isinstance(n, Node)]
+        return [n for n in pytree.tree_leaves(self.nodes[-1].args) if isinstance(n, Node)]
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`example_inputs` as the positional and keyword arguments of one call of the model."""
+    for value in pytree.tree_leaves(example_inputs):
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):
+            kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+            raise ValueError(f"example_inputs: expected dense (strided) tensors, got {kind}")
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -79,7 +84,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
             exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
             raise ValueError(
-                f"compact: torch.export could not trace {type(model).__name__} with these example_inputs, "
+                f"torch.export could not trace {type(model).__name__} with these example_inputs, "
                 "so nothing "
                 f"is known about its channels: {type(error).__name__}: {error}"
             ) from error
