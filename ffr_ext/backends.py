@@ -64,7 +64,10 @@ def resolve(backend: str, device_type: str) -> str:
     Raises ValueError for an unknown name, or a backend that does not take tensors on that device;
     RuntimeError, with the reason, for an explicit backend that does not work in this process.
     """
-    name = _resolved.get((backend, device_type))
+    try:
+        name = _resolved.get((backend, device_type))
+    except TypeError:  # a list, say: no name, as `_resolve` says
+        name = None
     if name is None:
         name = _resolve(backend, device_type)
         _resolved[backend, device_type] = name

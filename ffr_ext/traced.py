@@ -9,6 +9,7 @@ cost time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,14 +54,8 @@ def _flow_stats(
     return stats, signs
 
 
-def _flow_stats_fake(
-    features: list[Tensor],
-    lengths: list[int],
-    groups: list[int],
-    squared: bool,
-    save_signs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    features, lengths, groups, _squared, save_signs, _backend = arguments
     return empty_stats(features, lengths, groups, save_signs)
 
 
@@ -97,22 +92,9 @@ def _flow_gradients(
     return grads
 
 
-def _flow_gradients_fake(
-    features: list[Tensor],
-    signs: Tensor,
-    coef: Tensor,
-    lengths: list[int],
-    numels: list[int],
-    groups: list[int],
-    squared: bool,
-    wanted: list[bool],
-    ranks: list[int],
-    sizes: list[int],
-    strides: list[int],
-    dtypes: list[torch.dtype],
-    backend: str,
-) -> list[Tensor]:
-    return _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
+def _flow_gradients_fake(*arguments: Any) -> list[Tensor]:
+    _features, _signs, coef, _lengths, _numels, _groups, _squared, _wanted, *described, _backend = arguments
+    return _empty_gradients(coef.device, *described)
 
 
 _library = torch.library.Library("ffr_ext", "FRAGMENT")
