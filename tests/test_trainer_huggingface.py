@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 transformers = pytest.importorskip("transformers", reason="needs ffr-ext[hf]")
 pytest.importorskip("accelerate", reason="needs ffr-ext[hf]")
 
+from ffr_ext import FeatureFlow  # noqa: E402
 from ffr_ext.trainers import FFRTrainer  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"gradient": 2.0, "curvature": 1.0, "backend": "reference"}
@@ -200,6 +201,33 @@ def test_auto_finds_the_layers_of_a_vit(tmp_path: Path) -> None:
     assert len(trainer.flow.layers) == 3
     trainer.train()
     assert all(entry["ffr_penalty"] > 0 for entry in trainer.state.log_history[:2])
+
+
+@pytest.mark.skipif(
+    "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer),
+    reason="this transformers checkpoints the call of a block, hooks included",
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_reentrant_checkpointing_hides_what_is_inside_a_block_and_not_the_block() -> None:
+    def gradients(layers: Any, use_reentrant: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = small_vit().train()
+        if use_reentrant:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with FeatureFlow(model, layers) as flow:
+            model(pixel_values=torch.linspace(-1, 1, 128).view(2, 1, 8, 8))
+            flow.loss().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for plain, checkpointed in zip(gradients("auto", False), gradients("auto", True), strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+    def inside(name: str, module: Any) -> bool:
+        return name.endswith(".attention")
+
+    assert gradients(inside, False)
+    with pytest.raises(RuntimeError, match=r"attention'.*without autograd.*use_reentrant=False"):
+        gradients(inside, True)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
