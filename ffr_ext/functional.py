@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from . import backends, checks, reference, weighted
 from .autograd import FlowSpec, FlowStats, apply
 from .checks import runs_eagerly
 from .stages import Plan, Stage, make_plan, stage_features
+from .term_weights import entry_weights, weigh
 
 Weight = float | Sequence[float] | Tensor
 
@@ -172,7 +171,7 @@ def penalty(
         and all(f.device == device for f in listed)
     ):
         # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
-        scale = _weights(plan, _hashable(on_gradient), _hashable(on_curvature), norm, reduction, device)
+        scale = entry_weights(plan, on_gradient, on_curvature, norm, reduction, device)
         squared, per_sample = norm != "l1", norm == "l2"
         if make_stats is None and recipe is not None and not per_sample:
             loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
@@ -194,16 +193,8 @@ def penalty(
         )
     else:
         terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats or _stats)
-    loss = _weigh(on_gradient, terms.gradient) + _weigh(on_curvature, terms.curvature)
+    loss = weigh(on_gradient, terms.gradient) + weigh(on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
-
-
-def _weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
-    if isinstance(weight, list):
-        weight = torch.tensor(weight, dtype=terms.dtype, device=terms.device)
-    elif isinstance(weight, Tensor):
-        weight = weight.to(terms.device)
-    return (weight * terms).sum()
 
 
 def _prepare(features: list[Tensor], transition: str, cacheable: bool) -> tuple[Plan, weighted.Recipe | None]:
@@ -362,97 +353,3 @@ def _assemble(
 
 def _identity(rows: Tensor) -> Tensor:
     return rows
-
-
-def _hashable(weight: float | list[float] | Tensor) -> float | tuple[float, ...]:
-    return tuple(weight) if isinstance(weight, list) else weight  # type: ignore[return-value]
-
-
-class _CapturingError(Exception):
-    """A CUDA graph is being captured."""
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _weights(
-    plan: Plan,
-    gradient: float | tuple[float, ...],
-    curvature: float | tuple[float, ...],
-    norm: str,
-    reduction: str,
-    device: torch.device,
-) -> weighted.EntryWeights:
-    """d loss / d entry for every entry of stats, kept for later calls unless a CUDA graph is being captured.
-
-    What is made then has no values until the graph is replayed, and a copy from the host would be replayed from
-    memory that is long free: the weights are filled in by kernels.
-    """
-    try:
-        return _entry_weights(plan, gradient, curvature, norm, reduction, device)
-    except _CapturingError:
-        host = _make_entry_weights(plan, gradient, curvature, norm, reduction, torch.device("cpu"))
-        runs = [(value, len(list(run))) for value, run in groupby(host.tolist())]
-        with torch.inference_mode(False), torch.no_grad():
-            parts = [torch.full((n,), value, dtype=host.dtype, device=device) for value, n in runs]
-            return weighted.EntryWeights.of(torch.cat(parts))
-
-
-@lru_cache(maxsize=256)
-def _entry_weights(
-    plan: Plan,
-    gradient: float | tuple[float, ...],
-    curvature: float | tuple[float, ...],
-    norm: str,
-    reduction: str,
-    device: torch.device,
-) -> weighted.EntryWeights:
-    if _capturing(device):
-        raise _CapturingError  # which is not kept
-    return weighted.EntryWeights.of(_make_entry_weights(plan, gradient, curvature, norm, reduction, device))
-
-
-def _make_entry_weights(
-    plan: Plan,
-    gradient: float | tuple[float, ...],
-    curvature: float | tuple[float, ...],
-    norm: str,
-    reduction: str,
-    device: torch.device,
-) -> Tensor:
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # kept for later calls, which may want to differentiate
-        if isinstance(gradient, float) and isinstance(curvature, float):
-            # On the device already: weights that change at every step (a schedule) copy nothing from the host.
-            unit_gradient = _unit_weights(plan, (1.0,) * plan.gradient_terms, (), norm, reduction, device)
-            unit_curvature = _unit_weights(plan, (), (1.0,) * plan.curvature_terms, norm, reduction, device)
-            return unit_gradient * gradient + unit_curvature * curvature
-        on_gradient = gradient if isinstance(gradient, tuple) else (gradient,) * plan.gradient_terms
-        on_curvature = curvature if isinstance(curvature, tuple) else (curvature,) * plan.curvature_terms
-        return _unit_weights(plan, on_gradient, on_curvature, norm, reduction, device)
-
-
-@lru_cache(maxsize=256)
-def _unit_weights(
-    plan: Plan,
-    gradient: tuple[float, ...],
-    curvature: tuple[float, ...],
-    norm: str,
-    reduction: str,
-    device: torch.device,
-) -> Tensor:
-    """weight / divisor for every entry, one after another; 0 where no weight is given or the earlier stage has
-    counted.
-    """
-    on_gradient, on_curvature = iter(gradient), iter(curvature)
-    parts = []
-    for stage in plan.stages:
-        terms = [0.0] * stage.counted_by_earlier
-        terms += [next(on_gradient, 0.0) for _ in range(stage.gradient_terms)]
-        terms += [next(on_curvature, 0.0) for _ in range(stage.bends)]
-        row = torch.tensor(terms, dtype=torch.float64, device="cpu") / stage.divisor(norm, reduction)
-        parts.append(row.repeat_interleave(stage.batch) if norm == "l2" else row)
-    return torch.cat(parts).to(device, non_blocking=True)

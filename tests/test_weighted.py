@@ -14,7 +14,7 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ffr_ext import ffr_loss, functional, weighted
+from ffr_ext import ffr_loss, term_weights, weighted
 
 pytest.importorskip("hypothesis")
 
@@ -185,8 +185,8 @@ def test_weights_made_while_a_graph_is_captured(
     features = random_features(*[(3, 5)] * 3, *[(2, 7)] * 3)
     options: dict[str, Any] = dict(gradient=gradient, curvature=0.7, norm=norm, backend=fused)
     expected = ffr_loss(features, **options)
-    functional._entry_weights.cache_clear()
-    monkeypatch.setattr(functional, "_capturing", lambda device: True)
+    term_weights._entry_weights.cache_clear()
+    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
     of = weighted.EntryWeights.of
     made: list[torch.Tensor] = []
     monkeypatch.setattr(
@@ -195,7 +195,22 @@ def test_weights_made_while_a_graph_is_captured(
     for _ in range(2):
         assert torch.equal(ffr_loss(features, **options), expected)
     assert len(made) == 2
-    assert functional._entry_weights.cache_info().currsize == 0
+    assert term_weights._entry_weights.cache_info().currsize == 0
     monkeypatch.undo()
     assert torch.equal(ffr_loss(features, **options), expected)
-    assert functional._entry_weights.cache_info().currsize == 1
+    assert term_weights._entry_weights.cache_info().currsize == 1
+
+
+def test_a_list_of_weights_beside_angles_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch, fused: str
+) -> None:
+    features = random_features(*[(3, 5)] * 4)
+    options: dict[str, Any] = dict(gradient=[0.1, 0.2, 0.2], curvature_kind="angle", norm="l2", backend=fused)
+    expected = ffr_loss(features, **options)
+    assert term_weights._list_on_device.cache_info().currsize > 0
+    assert torch.equal(ffr_loss(features, **options), expected)
+    term_weights._list_on_device.cache_clear()
+    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a copy from the host"))
+    assert torch.equal(ffr_loss(features, **options), expected)
+    assert term_weights._list_on_device.cache_info().currsize == 0
