@@ -92,6 +92,12 @@ class FeatureFlow:
             checks.term_weights(
                 name, weight, len(weight) if hasattr(weight, "__len__") and _rank(weight) else 0
             )
+        if not isinstance(capture_eval, bool):
+            raise TypeError(f"capture_eval: expected True or False, got {capture_eval!r}")
+        if not (output is None or callable(output) or type(output) in (int, str)):
+            raise TypeError(
+                f"output: expected an index, a key or a function of a layer's output, got {output!r}"
+            )
         self.model = model
         self.gradient = gradient
         self.curvature = curvature

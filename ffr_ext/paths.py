@@ -11,9 +11,9 @@ from ffr_ext.taps import Slot
 
 _CHECKPOINT_ADVICE = (
     "the penalty's gradient would silently vanish. With activation checkpointing pass use_reentrant=False "
-    "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False}); under torch.no_grad() choose "
-    "other layers; between begin_pass() and end_pass() call a module that contains all captured layers, whose "
-    "calls without autograd are left out"
+    "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False}), or choose layers that are not called "
+    "inside what is checkpointed; under torch.no_grad() choose other layers; between begin_pass() and end_pass() "
+    "call a module that contains all captured layers, whose calls without autograd are left out"
 )
 
 

@@ -275,6 +275,20 @@ def test_a_layer_that_was_not_called_is_an_error_that_names_it() -> None:
 # --- parallel wrappers ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(capture_eval="yes"), "capture_eval: expected True or False, got 'yes'"),
+        (dict(output=1.5), "output: expected an index, a key or a function .* got 1.5"),
+        (dict(output=True), "output: .* got True"),
+        (dict(output=[0]), r"output: .* got \[0\]"),
+    ],
+)
+def test_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FeatureFlow(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU()), **options)
+
+
 def test_data_parallel_is_refused() -> None:
     model = ResidualNet()
     with pytest.raises(ValueError, match="DistributedDataParallel"):

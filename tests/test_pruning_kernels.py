@@ -156,6 +156,8 @@ SHARED = torch.tensor([0, 3])  # fits W only
         ([W], [[0, 1]], 0, TypeError, "list"),
         ([W.to_sparse()], [torch.tensor([0])], 0, TypeError, r"tensors\[0\]: expected a dense"),
         (W, [torch.tensor([0])], 0, TypeError, "one Tensor"),
+        (3, [torch.tensor([0])], 0, TypeError, "tensors: expected a sequence of tensors, got int"),
+        ([W], 3, 0, TypeError, "keep: expected a sequence of tensors, got int"),
     ],
 )
 def test_gather_refuses(tensors, keep, dim, error, message) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """`tensors` as a list, or TypeError naming the argument and the index."""
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name}: expected a sequence of tensors, got one Tensor; pass [tensor]")
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
     listed = list(tensors)
     for index, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):

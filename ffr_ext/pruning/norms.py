@@ -42,8 +42,6 @@ def filter_norms(
         TypeError: ``weights`` is not a sequence of tensors, or ``dim`` no whole number or sequence of them.
         ValueError: another p, a dtype that is not listed, a ``dim`` that a weight does not have.
     """
-    if not isinstance(weights, Iterable):
-        raise TypeError(f"weights: expected a sequence of tensors, got {type(weights).__name__}")
     tensors = tensor_list("weights", weights)
     if isinstance(p, bool) or p not in (1, 2, math.inf):
         raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
