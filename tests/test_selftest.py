@@ -76,13 +76,16 @@ def test_a_kernel_that_leaves_nan_or_raises_makes_it_fail(
 def test_a_wrong_pruning_kernel_makes_it_fail(
     small: None, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ops.filter_kernels("cpu")
+    right, compacted = ops.filter_kernels("cpu"), ops.compacted
 
-    def keeps_the_wrong_filter(tensors: Any, keep: Any, dims: Any, outs: Any) -> None:
-        right.compact(tensors, [k.flip(0).contiguous() for k in keep], dims, outs)
+    def flipped(keep: Any) -> Any:
+        return [k.flip(0).contiguous() for k in keep]
 
-    wrong = right._replace(compact=keeps_the_wrong_filter)
+    wrong = right._replace(
+        compact=lambda tensors, keep, dims, outs: right.compact(tensors, flipped(keep), dims, outs)
+    )
     monkeypatch.setattr(ops, "filter_kernels", lambda backend: wrong)
+    monkeypatch.setattr(ops, "compacted", lambda tensors, keep, dims: compacted(tensors, flipped(keep), dims))
     outcome = ffr_ext.selftest("cpu", file=io.StringIO())
     assert {c.what for c in outcome.checks if not c.ok} == {"compaction"}
 

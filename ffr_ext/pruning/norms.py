@@ -93,14 +93,14 @@ def _result_dtype(weight: Tensor) -> torch.dtype:
 def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
     """One non-negative dimension per tensor, or ValueError naming the tensor that lacks it."""
     if _is_whole(dim):
-        dims: list[Any] = [dim] * len(tensors)
+        dims: list[Any] = [int(dim)] * len(tensors)  # type: ignore[arg-type]
     elif isinstance(dim, Iterable) and not isinstance(dim, str | Tensor):
         dims = list(dim)
+        for index, d in enumerate(dims):
+            if not _is_whole(d):
+                raise TypeError(f"{name}[{index}]: expected a whole number, got {d!r}")
     else:
         raise TypeError(f"{name}: expected a whole number, or one per tensor, got {dim!r}")
-    for index, d in enumerate(dims):
-        if not _is_whole(d):
-            raise TypeError(f"{name}[{index}]: expected a whole number, got {d!r}")
     if len(dims) != len(tensors):
         raise ValueError(f"{name}: expected one number, or one per tensor ({len(tensors)}), got {len(dims)}")
     for index, (d, tensor) in enumerate(zip(dims, tensors, strict=True)):
