@@ -71,7 +71,9 @@ def _rows(
 ) -> list[Row]:
     """The rows of one benchmark, of this process or of those that it starts."""
     if options.processes > 1 and options.rows is None:
-        rest = given[1:] if given and given[0] == options.bench else given
+        rest = list(given)
+        if options.bench in rest:
+            rest.remove(options.bench)
         return processes.measured_in_processes([name, *rest], options.processes)
     return run(
         Options(

@@ -117,9 +117,11 @@ def loss_table(rows: Sequence[Line]) -> list[str]:
 
 def of_processes(slow: Line, fast: Line) -> str:
     """The least and the greatest ratio of the two in one process, where they were measured in several."""
-    pairs = zip(slow.get("ms_of_processes", ()), fast.get("ms_of_processes", ()), strict=True)
-    ratios = [a / b for a, b in pairs]
-    return f" ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else ""
+    slower, faster = slow.get("ms_of_processes", ()), fast.get("ms_of_processes", ())
+    if not slower or len(slower) != len(faster):
+        return ""
+    ratios = [a / b for a, b in zip(slower, faster, strict=True)]
+    return f" ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
 def step_table(rows: Sequence[Line]) -> list[str]:

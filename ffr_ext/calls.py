@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +36,12 @@ def watch_calls(recorder: Recorder, model: nn.Module, layers: Iterable[nn.Module
     return handles
 
 
+def handled() -> BaseException | None:
+    """The exception whose `except` block is running. torch calls the hooks of a forward that raised from one; a step
+    that tries again after an error may run in one itself."""
+    return None if torch.compiler.is_compiling() else sys.exc_info()[1]
+
+
 class EnterHook:
     """Forward pre-hook of a module that contains all layers."""
 
@@ -44,7 +51,7 @@ class EnterHook:
     def __call__(self, module: nn.Module, args: Any) -> None:
         recorder = self.recorder()
         if recorder is not None and recorder.by_hand:
-            recorder.enter(module.training)
+            recorder.enter(module.training, handled())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Inert, ())
@@ -59,8 +66,7 @@ class LeaveHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         recorder = self.recorder()
         if recorder is not None and recorder.by_hand:
-            # torch calls it from its `except` block then, with None for the output.
-            recorder.leave(raised=output is None and sys.exc_info()[1] is not None)
+            recorder.leave(handled())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Inert, ())

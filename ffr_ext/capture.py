@@ -48,6 +48,7 @@ class Recorder:
         self.paths = [self.path]  # of a pass by hand: at its end
         self.depth = 0  # how many modules that contain all layers are running; a call begins at 1
         self.raised = False  # whether a call of the pass by hand did
+        self.handled: BaseException | None = None  # what the step was handling when the call began
 
     @property
     def names(self) -> list[str]:
@@ -103,7 +104,7 @@ class Recorder:
         self.clear("open")
         self.recording = self.by_hand = self.enabled
         self.depth = -1 if within_forward else 0
-        self.raised = False
+        self.raised, self.handled = False, None
 
     def end_by_hand(self) -> None:
         """Finish it."""
@@ -117,21 +118,24 @@ class Recorder:
             self.state = "empty"
         self.outside.warn_if_several_calls(stacklevel=3)
 
-    def enter(self, training: bool) -> None:
+    def enter(self, training: bool, handled: BaseException | None) -> None:
         """A module that contains all layers starts to run in a pass by hand: a call begins, unless one
-        is running."""
+        is running. ``handled``: the exception that the step is handling meanwhile."""
         self.depth += 1
         if self.depth == 1:
+            self.handled = handled
             self.recording = self._wanted(training)
             if self.recording:
                 self.path = self.latest = Path(earlier=self.latest)
 
-    def leave(self, raised: bool) -> None:
+    def leave(self, handled: BaseException | None) -> None:
         """It is done. A call that raised leaves no trace: what came after it in the step is a call of its own."""
         if self.depth < 1:
             return  # it ran before the pass began
         self.depth -= 1
         if self.depth == 0:
+            raised = handled is not None and handled is not self.handled
+            self.handled = None
             if raised and self.recording:
                 assert self.path.earlier is not None
                 self.latest = self.path.earlier

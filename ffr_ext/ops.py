@@ -2,8 +2,8 @@
 section 5.
 
 The native module declares the schemas when it is there; without it they are declared here, so that
-`torch.ops.ffr_ext.*` always exists and an exported graph can be loaded anywhere. The ops only fill tensors the
-caller has allocated, so their fakes do nothing.
+`torch.ops.ffr_ext.*` always exists and an exported graph can be loaded anywhere. But for `new_compacted` and
+`compacted` the ops only fill tensors the caller has allocated, so their fakes do nothing.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def _declare() -> None:
         _library.define("new_compacted" + NEW_TENSORS)
         _library.define("compacted" + NEW_TENSORS)
         _library.impl("new_compacted", _new_compacted, "CompositeExplicitAutograd")
-    for op in ("new_compacted", "compacted"):
-        torch.library.register_fake(f"ffr_ext::{op}", _new_compacted, lib=_library)
+        _library.impl("compacted", _compacted, "CPU")
+    torch.library.register_fake("ffr_ext::new_compacted", _new_compacted, lib=_library)
+    torch.library.register_fake("ffr_ext::compacted", _fake_compacted, lib=_library)
 
 
 def _fills_its_outputs(*_args: Any) -> None:
@@ -70,6 +71,22 @@ def _new_compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -
     return outs
 
 
+def _compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+    outs = _new_compacted(tensors, keep, dims)
+    for tensor, index, dim, out in zip(tensors, keep, dims, outs, strict=True):
+        torch.index_select(tensor, dim, index, out=out)
+    return outs
+
+
+def _fake_compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+    """Also runs where one of the tensors is a meta tensor, for which the op does not exist."""
+    if any(tensor.device.type != "cpu" for tensor in (*tensors, *keep)):
+        raise RuntimeError("compacted takes tensors on cpu alone")
+    if any(index.dtype != torch.int64 or index.dim() != 1 for index in keep):
+        raise RuntimeError("keep must be 1-D int64 tensors")
+    return _new_compacted(tensors, keep, dims)
+
+
 def _triton_implementation(name: str) -> Callable[..., None]:
     def run(*args: Any) -> None:
         # Imported at the first call: triton is optional and slow to import.
@@ -82,7 +99,7 @@ def _triton_implementation(name: str) -> Callable[..., None]:
 _declare()
 
 # For a list of hundreds of tensors Python's part would take as long as the kernel's: `new_compacted` allocates what
-# `compact_filters` fills, on any device; `compacted` does both and checks the indices, natively and on the CPU only.
+# `compact_filters` fills, on any device; `compacted` does both and checks the indices, on the CPU only.
 new_compacted: Callable[..., list[Tensor]] = torch.ops.ffr_ext.new_compacted.default
 compacted: Callable[..., list[Tensor]] = torch.ops.ffr_ext.compacted.default
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import weighted
 from .checks import runs_eagerly
 from .stages import Plan
+
+Kept = TypeVar("Kept")
 
 
 class _CapturingError(Exception):
@@ -36,7 +39,7 @@ def entry_weights(
     """
     wanted = plan, _hashable(gradient), _hashable(curvature), norm, reduction
     try:
-        return _entry_weights(*wanted, device)
+        return _held(_entry_weights(*wanted, device), device)
     except _CapturingError:
         host = _make_entry_weights(*wanted, torch.device("cpu"))
         with torch.inference_mode(False), torch.no_grad():
@@ -57,7 +60,7 @@ def _on_device(weights: list[float], dtype: torch.dtype, device: torch.device) -
     if not runs_eagerly():
         return torch.tensor(weights, dtype=dtype, device=device)
     try:
-        return _list_on_device(tuple(weights), dtype, device)
+        return _held(_list_on_device(tuple(weights), dtype, device), device)
     except _CapturingError:
         return _filled(weights, dtype, device)
 
@@ -70,9 +73,19 @@ def _list_on_device(weights: tuple[float, ...], dtype: torch.dtype, device: torc
         return torch.tensor(weights, dtype=dtype, device=device)
 
 
+_read_by_graphs: dict[int, object] = {}
+
+
+def _held(weights: Kept, device: torch.device) -> Kept:
+    """`weights`, for ever if a graph is being captured that reads them: the caches forget, a replay does not."""
+    if _capturing(device):
+        _read_by_graphs[id(weights)] = weights
+    return weights
+
+
 def _filled(values: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector made by kernels alone."""
-    runs = [(value, len(list(run))) for value, run in groupby(values)]
+    runs = [(value, len(list(run))) for value, run in groupby(values)] or [(0.0, 0)]
     return torch.cat([torch.full((n,), value, dtype=dtype, device=device) for value, n in runs])
 
 

@@ -90,7 +90,7 @@ def test_runs_in_processes_of_their_own_are_merged_into_medians() -> None:
 
 
 def test_a_benchmark_measures_in_fresh_processes(capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["loss", "--only", "tiny3", "--modes", "forward", "--providers", "eager", "--tiny"]
+    arguments = ["--tiny", "loss", "--only", "tiny3", "--modes", "forward", "--providers", "eager"]
     assert benchmarks_main([*arguments, "--processes", "2"]) == 0
     printed = capfd.readouterr().out
     assert "# process 2 of 2" in printed

@@ -130,6 +130,25 @@ def test_a_call_that_raised_leaves_no_trace(where: str) -> None:
         torch.testing.assert_close(flow.loss(), truth)
 
 
+def test_a_call_tried_again_while_an_error_is_handled_counts() -> None:
+    """Also if the model returns nothing: only an exception that came during the call is the call's own."""
+    stack = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self: Any, x: Tensor) -> None:
+        self.kept = self.stack(x)
+
+    model, (x, y) = Calls(forward, stack=stack), torch.randn(2, 3, 4)
+    truth = sum(ffr_loss(outputs(stack, each), backend="reference") for each in (x, y))
+    with make_flow(model, ["stack.0", "stack.1"]) as flow:
+        with one_pass(flow):
+            model(x)
+            try:
+                raise ConnectionError
+            except ConnectionError:
+                model(y)
+        torch.testing.assert_close(flow.loss(), truth)
+
+
 class CheckpointedTower(Tower):
     """Recomputes every layer, or all of them at once, in the backward pass."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ffr_ext import compact_filters, filter_norms
+from ffr_ext.pruning import gather
 
 pytest.importorskip("hypothesis")
 
@@ -114,18 +115,46 @@ def test_gather_of_any_shapes(backend: str, data: st.DataObject) -> None:
         assert torch.equal(got, t.index_select(d, k))
 
 
+def test_a_list_of_dense_cpu_tensors_is_one_native_call(monkeypatch: pytest.MonkeyPatch, fused: str) -> None:
+    monkeypatch.setattr(gather, "_gather", lambda *arguments: pytest.fail("the native call was refused"))
+    listed = [w for w in weights() if w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)]
+    keep = [torch.tensor([0])] * len(listed)
+    for dim in (0, [1] * len(listed), [-1] * len(listed)):
+        compact_filters(listed, keep, dim)
+
+
+def test_meta_tensors_are_no_reason_to_return_what_nobody_wrote() -> None:
+    a, k = torch.arange(12.0).reshape(3, 4), torch.tensor([0, 2])
+    real, meta = compact_filters([a, a.to("meta")], [k, k])
+    assert torch.equal(real, a[k])
+    assert (meta.device.type, meta.shape) == ("meta", (2, 4))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        compact_filters([a], [k.to("meta")])
+    with pytest.raises(IndexError, match="got 9"):
+        compact_filters([a.to("meta")], [torch.tensor([9])])
+    with pytest.raises(ValueError, match="int64"):
+        compact_filters([a.to("meta")], [torch.tensor([0.0, 2.0])])
+
+
+def test_iterators_are_taken_once(backend: str) -> None:
+    a, k = torch.arange(12.0).reshape(3, 4)[:, ::2], torch.tensor([0, 2])
+    for tensors, keep, dim in (([a], iter([k]), 0), (iter([a]), [k], [0]), ([a], [k], iter([0]))):
+        (got,) = compact_filters(tensors, keep, dim, backend=backend)
+        assert torch.equal(got, a[k])
+
+
 def test_a_gather_of_many_megabytes_is_exact_at_every_row_length_and_offset(backend: str) -> None:
     """Large gathers are stored past the cache, whole lines at a time; rows begin and end anywhere in a line."""
-    pool = torch.randint(0, 256, (10_800_000,), dtype=torch.uint8)
+    pool = torch.randint(0, 256, (48_000_000,), dtype=torch.uint8)
     rows = [(10_007, 1), (5_003, 250), (701, 2_304), (97, 18_433), (1_201, 1_001)]
     tensors = [pool[offset : offset + n * size].view(n, size) for offset, (n, size) in enumerate(rows, 1)]
-    tensors.append(pool.view(2, 6, 900_000))
+    tensors.append(pool.view(2, 6, 4_000_000))
     keep = [torch.arange(t.shape[0])[t.shape[0] % 3 :: 3] for t in tensors[:-1]] + [
         torch.tensor([5, 0, 1, 4])
     ]
     dims = [0] * len(rows) + [1]
     got = compact_filters(tensors, keep, dims, backend=backend)
-    assert sum(t.numel() for t in got) >= 2**23
+    assert sum(t.numel() for t in got) >= 2**25
     for t, k, d, g in zip(tensors, keep, dims, got, strict=True):
         assert torch.equal(g, t.index_select(d, k))
 
@@ -153,6 +182,8 @@ SHARED = torch.tensor([0, 3])  # fits W only
         ([W], [torch.tensor([True, False, True, True])], 0, ValueError, "int64"),
         ([W], [], 0, ValueError, r"one index tensor per tensor \(1\), got 0"),
         ([W], [torch.tensor([0])], 2, ValueError, "no dimension"),
+        ([W], [torch.tensor([0])], True, TypeError, "dim: expected a whole number"),
+        ([W], [torch.tensor([0])], [True], TypeError, r"dim\[0\]: expected a whole number"),
         ([W], [[0, 1]], 0, TypeError, "list"),
         ([W.to_sparse()], [torch.tensor([0])], 0, TypeError, r"tensors\[0\]: expected a dense"),
         (W, [torch.tensor([0])], 0, TypeError, "one Tensor"),

@@ -214,3 +214,18 @@ def test_a_list_of_weights_beside_angles_while_a_graph_is_captured(
     monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a copy from the host"))
     assert torch.equal(ffr_loss(features, **options), expected)
     assert term_weights._list_on_device.cache_info().currsize == 0
+
+
+def test_what_a_captured_graph_reads_is_never_forgotten(monkeypatch: pytest.MonkeyPatch, fused: str) -> None:
+    features = random_features(*[(3, 5)] * 4)
+    ffr_loss(features, gradient=0.125, backend=fused)
+    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
+    monkeypatch.setattr(term_weights, "_read_by_graphs", {})
+    ffr_loss(features, gradient=0.125, backend=fused)
+    (weights,) = term_weights._read_by_graphs.values()
+    term_weights._entry_weights.cache_clear()
+    assert isinstance(weights, weighted.EntryWeights)
+    no_curvature: dict[str, Any] = dict(gradient=[1.0], curvature=[], curvature_kind="angle", backend=fused)
+    assert torch.equal(
+        ffr_loss(features[:2], **no_curvature), ffr_loss(features[:2], gradient=1.0, backend=fused)
+    )

@@ -112,9 +112,10 @@ void prefetch_start(const char* row, int64_t bytes) {
   for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 1024); byte += 64) __builtin_prefetch(row + byte);
 }
 
-// From this many bytes on a gather's results do not stay in the cache anyway, and are written around it: a
-// line that is stored whole need not be read first, a third of the traffic (docs/performance.md).
-constexpr int64_t kStreamBytes = 8 << 20;
+// Results of at least so many bytes do not stay in most last-level caches, and are written around them: a
+// line that is stored whole need not be read first, a third of the traffic (docs/performance.md). Smaller
+// ones are better found in the cache by who reads them next.
+constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kLine = 64;
 
 // Copies past the cache: whole lines of the target, and what is left at both ends as usual.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ def compact_filters(
         IndexError: an index is negative or too large.
         All are raised before anything is computed.
     """
+    tensors, keep, dim = _reusable(tensors), _reusable(keep), _reusable(dim)
     if backend in ("auto", "cpu") and backends.native() is not None:
         # Checked natively. What that refuses (other devices, gaps, anything wrong) is sorted out below, where the
         # errors speak of the caller's arguments.
         with suppress(Exception), torch.no_grad():
-            return ops.compacted(tensors, keep, [dim] * len(tensors) if isinstance(dim, int) else dim)
+            dims = [dim] * len(tensors) if type(dim) is int else dims_of("dim", dim, tensors)
+            return ops.compacted(tensors, keep, dims)
     sources = tensor_list("tensors", tensors)
     indices = tensor_list("keep", keep)
     if len(indices) != len(sources):
@@ -61,6 +64,11 @@ def compact_filters(
         chosen = [sources[i] for i in members], [indices[i] for i in members], [dims[i] for i in members]
         results.update(zip(members, _gather(*chosen, backend), strict=True))
     return [results[i] for i in range(len(sources))]
+
+
+def _reusable(items: Any) -> Any:
+    """`items`, in a list if they are an iterator, which gives them only once."""
+    return list(items) if isinstance(items, Iterator) else items
 
 
 @torch.no_grad()
