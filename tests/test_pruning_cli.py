@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ffr_ext import CompactionPlan
 from ffr_ext.__main__ import main
+from ffr_ext.pruning.checkpoint import load_checkpoint
 
 MODEL = "test_pruning_compact:Residual"
 
@@ -108,6 +111,87 @@ def test_a_prefix_of_the_models_own_stays(tmp_path: Path, capsys: pytest.Capture
     assert err == ""
 
 
+class Scaled(nn.Linear):
+    """Its weight is half of what it was before version 2; it refuses a weight of no version."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        version = metadata.get("version")
+        if version is None:
+            raise ValueError(f"{prefix}weight: a state dict without a version")
+        if version < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] / 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)  # type: ignore[no-untyped-call]
+
+
+def scaled() -> nn.Module:
+    """Layers of version 2, one of them the model's only one."""
+    return nn.Sequential(Scaled(3, 4), nn.Sequential(Scaled(4, 2)))
+
+
+class Wrapped(nn.Module):
+    """What wraps a model under one of a wrapper's names, and has a version of its own."""
+
+    _version = 1
+
+    def __init__(self, model: nn.Module, name: str = "module") -> None:
+        super().__init__()
+        self.add_module(name, model)
+
+
+def wrapped_twice(model: nn.Module) -> nn.Module:
+    return Wrapped(Wrapped(model, "_orig_mod"))
+
+
+def renamed_in_place(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    for name in list(state):
+        state[f"module.{name}"] = state.pop(name)
+    return state
+
+
+@pytest.mark.parametrize(
+    "state_of",
+    [
+        lambda model: model.state_dict(),
+        lambda model: Wrapped(model).state_dict(),
+        lambda model: wrapped_twice(model).state_dict(),
+        renamed_in_place,
+    ],
+    ids=["plain", "wrapped", "wrapped twice", "renamed in place"],
+)
+@pytest.mark.parametrize("make", [scaled, lambda: Scaled(3, 4)], ids=["of modules", "one module"])
+@pytest.mark.parametrize("key", [None, "model"])
+def test_a_checkpoint_keeps_the_versions_of_its_modules(
+    make: Any, state_of: Any, key: str | None, tmp_path: Path
+) -> None:
+    """Without them a module takes current weights for old ones and converts them once more."""
+    saved, loaded = make(), make()
+    state = state_of(saved)
+    assert isinstance(state, OrderedDict)
+    path = save(tmp_path / "model.pt", state if key is None else {key: state})
+    load_checkpoint(loaded, path, key)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in saved.state_dict().items())
+
+
+def test_an_old_version_is_converted_once(tmp_path: Path) -> None:
+    saved, loaded = scaled(), scaled()
+    state: Any = Wrapped(saved).state_dict()
+    state._metadata["module.0"]["version"] = 1
+    load_checkpoint(loaded, save(tmp_path / "model.pt", state))
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value / 2 if name == "0.weight" else value)
+
+
+def test_weights_that_a_module_refuses_are_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.pt", dict(scaled().state_dict()))
+    with pytest.raises(
+        ValueError, match=r"checkpoint: .* does not fit Sequential: 0\.weight: a state dict without"
+    ):
+        load_checkpoint(scaled(), path)
+
+
 CHECKPOINTS: dict[str, Any] = {
     # what is in the file, further arguments, and what the message says
     "under a key": (
@@ -150,7 +234,16 @@ CHECKPOINTS: dict[str, Any] = {
         [],
         r"other shapes: stem.0.weight \(16, 3, 3, 3\) for \(8, 3, 3, 3\), .* and \d+ more$",
     ),
-    "a whole model": (lambda: dead(), [], r"holds other objects than tensors.*save model\.state_dict\(\)"),
+    "a whole model": (
+        lambda: dead(),
+        [],
+        r"holds other objects than tensors \(test_pruning_compact\.Residual\); save model\.state_dict\(\) alone$",
+    ),
+    "arguments beside the weights": (
+        lambda: {"model": dead().state_dict(), "args": argparse.Namespace(lr=0.1)},
+        ["--key", "model"],
+        r"holds other objects than tensors \(argparse\.Namespace\); save",
+    ),
     "a tensor": (lambda: torch.ones(2), [], "expected a state dict in .*, got Tensor$"),
 }
 
@@ -167,15 +260,26 @@ def test_a_checkpoint_that_does_not_fit_says_why_and_what_to_try(
     assert re.search(message, line), line
 
 
-@pytest.mark.parametrize("content", [b"", b"hello there", b"PK\x03\x04"], ids=["empty", "text", "half a zip"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "(EOFError)"),
+        (b"hello there", "(KeyError: "),
+        (b"PK\x03\x04", "(RuntimeError: "),
+        (b'{"a": 1}', "(UnpicklingError: Unsupported operand 123)"),
+    ],
+    ids=["empty", "text", "half a zip", "json"],
+)
 def test_a_file_that_torch_did_not_write(
-    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(SystemExit):
         main(["sparsity", MODEL, str(path)])
-    assert "is no file that torch.save wrote" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is no file that torch.save wrote {reason}" in line
+    assert line.endswith("); save model.state_dict() alone")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,8 +28,8 @@ def load_checkpoint(model: nn.Module, path: str, key: str | None = None) -> None
         raise
     except Exception as error:  # on foreign bytes the unpickler raises anything
         raise ValueError(
-            f"checkpoint: {path} holds other objects than tensors, or is no file that torch.save wrote; save "
-            "model.state_dict() alone"
+            f"checkpoint: {path} holds other objects than tensors{_why_refused(error)}; save model.state_dict() "
+            "alone"
         ) from error
     keys = [name for name in _keys_of_state_dicts(checkpoint) if name != key]
     state, where = checkpoint, os.fspath(path)
@@ -41,12 +43,24 @@ def load_checkpoint(model: nn.Module, path: str, key: str | None = None) -> None
         )
     state = _without_wrappers(state, model, where)
     try:
-        model.load_state_dict(dict(state))
-    except (RuntimeError, TypeError, AttributeError) as error:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         hint = _key_hint(keys) or _part_hint(state, model)
         raise ValueError(
             f"checkpoint: {where} does not fit {type(model).__name__}: {_misfit(state, model, error)}{hint}"
         ) from error
+
+
+def _why_refused(error: Exception) -> str:
+    """The class that is no tensor; where none is named, the unpickler's reason without its advice."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named:
+        return f" ({named[1]})"
+    advice = ("In PyTorch", "Please file an issue", "Check the documentation")
+    lines = [line.strip().removeprefix("Weights only load failed. ") for line in str(error).splitlines()]
+    reason = next((line.split(". ")[0] for line in lines if line and not line.startswith(advice)), "")
+    said = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return f", or is no file that torch.save wrote ({said})"
 
 
 def _keys_of_state_dicts(checkpoint: Any) -> list[str]:
@@ -80,12 +94,29 @@ def _without_wrappers(state: Mapping[str, Any], model: nn.Module, where: str) ->
         if prefix is None:
             return state
         removed.append(prefix)
-        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+        stripped = _without_prefix(stripped, prefix)
     if removed:
         whose = ", ".join(WRAPPERS[prefix] for prefix in removed)
         print(
             f"note: took the prefix {''.join(removed)!r} ({whose}) off all names in {where}", file=sys.stderr
         )
+    return stripped
+
+
+def _without_prefix(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    """The entries without the prefix, and the versions of the modules (`_metadata`) under names without it."""
+    stripped = OrderedDict((name.removeprefix(prefix), value) for name, value in state.items())
+    metadata = getattr(state, "_metadata", None)
+    if isinstance(metadata, Mapping):
+        # "" is the wrapper itself, the prefix without its dot the model in it, which is "" from now on. Names
+        # without the prefix are the model's own: somebody renamed the tensors only.
+        inner = {
+            f"{path}.".removeprefix(prefix).removesuffix("."): entry
+            for path, entry in metadata.items()
+            if f"{path}.".startswith(prefix)
+        }
+        outer = {path: entry for path, entry in metadata.items() if not f"{path}.".startswith(prefix)}
+        stripped._metadata = OrderedDict({**outer, **inner})  # type: ignore[attr-defined]
     return stripped
 
 
