@@ -285,6 +285,73 @@ def test_a_weight_that_is_computed_cannot_be_zeroed(kind: str) -> None:
     assert zero_small_filters(model, 0.0) == []
 
 
+@pytest.mark.parametrize("of", ["layer", "norm"])
+def test_a_weight_that_is_a_buffer_is_zeroed(of: str) -> None:
+    """A frozen weight is in the module as a parameter is, and keeps what is written to it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    frozen = model[0 if of == "layer" else 1]
+    weight = frozen.weight.detach().clone()
+    del frozen.weight
+    frozen.register_buffer("weight", weight)
+    with torch.no_grad():
+        model[1].weight[:3] = 1e-4
+    (zeroed,) = zero_small_filters(model, 1e-3)
+    assert (zeroed.layer, zeroed.norm, zeroed.filters) == ("0", "1", (0, 1, 2))
+    state = model.state_dict()
+    assert not state["0.weight"][:3].any()
+    assert state["0.weight"][3].any()
+    assert state["1.weight"].tolist() == [0, 0, 0, 1]
+
+
+def tied(norms: bool = False) -> nn.Sequential:
+    """Three linear layers, the first and the last with one weight, of which two filters are small."""
+    layers: list[nn.Module] = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)]
+    layers[2].weight = layers[0].weight
+    with torch.no_grad():
+        layers[0].weight[1:3] *= 1e-3
+    return nn.Sequential(
+        *[m for layer in layers for m in ((layer, nn.BatchNorm1d(4)) if norms else (layer,))]
+    )
+
+
+def test_the_filters_of_a_tied_weight_are_zeroed_once() -> None:
+    model, x = tied(), torch.randn(2, 4)
+    (point,) = zero_small_filters(model, 0.01, dry_run=True)
+    assert zero_small_filters(model, 0.01, example_inputs=x, dry_run=True)[0].filters == point.filters
+    report = sparsity(model, 0.01)
+    assert [row.zero_filters for row in report] == [2, 0, 2]
+    zeroed = zero_small_filters(model, 0.01)
+    assert [(z.layer, z.filters) for z in zeroed] == [("0", (1, 2))]
+    assert sum(map(len, zeroed)) == point.filters == report.zero_filters == 2
+    assert (report.filters, report.weights) == (8, 32)
+    assert (sparsity(model).zero_filters, sparsity(model).zero_weights) == (2, 8)
+    assert model[2].weight is model[0].weight
+    assert zero_small_filters(model, 0.01) == []
+
+
+def test_a_tied_weight_behind_norms_of_their_own_counts_with_each() -> None:
+    """Its filters are zeroed with two gammas, which may differ in what is small."""
+    model = tied(norms=True)
+    with torch.no_grad():
+        model[1].weight[:2] = 1e-4
+        model[5].weight[1:4] = 1e-4
+    (point,) = zero_small_filters(model, 1e-3, dry_run=True)
+    report = sparsity(model, 1e-3)
+    zeroed = zero_small_filters(model, 1e-3)
+    assert [(z.layer, z.norm, z.filters) for z in zeroed] == [("0", "1", (0, 1)), ("4", "5", (1, 2, 3))]
+    assert sum(map(len, zeroed)) == point.filters == report.zero_filters == 5
+    assert report.filters == 12
+
+
+def test_a_tied_weight_that_cannot_be_written_changes_nothing() -> None:
+    model = nn.Sequential(*tied(), nn.Linear(4, 4))
+    prune.random_unstructured(model[3], "weight", 0.1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model: 3\.weight is no parameter but computed"):
+        zero_small_filters(model, 100.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_zeroed_filters_leave_exactly() -> None:
     """The whole way: small, zeroed, compact. Constants behind a padded convolution stay, everything else
     goes."""

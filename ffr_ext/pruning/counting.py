@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .report import count_parameters, flop_counter
-from .scale import effective_scales, find_layers
+from .scale import effective_scales, find_layers, without_repeats
 from .tracing import as_call
 
 
@@ -128,7 +128,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
             batch norm behind each layer from the exported graph instead of the order of the modules.
 
     Returns:
-        `SparsityReport`. Shared layers count once.
+        `SparsityReport`. Shared layers count once, and so do, in the total, shared weights.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -136,7 +136,8 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     layers = find_layers(model, example_inputs)
     flops = None if example_inputs is None else _flops_by_module(model, example_inputs)
     counted = []
-    for layer, scale in zip(layers, effective_scales(layers), strict=True):
+    small = [scale <= threshold for scale in effective_scales(layers)]
+    for layer, mask in zip(layers, small, strict=True):
         members = [layer.module, *([layer.norm] if layer.norm is not None else [])]
         counted.append(
             LayerSparsity(
@@ -145,19 +146,25 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
                 weights=layer.weight.numel(),
                 zero_weights=int((layer.weight == 0).sum()),
                 filters=layer.filters,
-                zero_filters=int((scale <= threshold).sum()),
+                zero_filters=int(mask.sum()),
                 parameters=sum(p.numel() for m in members for p in m.parameters(recurse=False)),
                 flops=None if flops is None else flops.get(layer.name, 0),
                 norm=layer.norm_name,
             )
         )
+    weights = [layer.weight for layer in layers]  # they live at once, so that no two have one address
+    first = {id(weight): row for weight, row in zip(reversed(weights), reversed(counted), strict=True)}
+    filters, zero_filters = (
+        sum(int(mask.sum()) for mask in without_repeats(layers, masks))
+        for masks in ([torch.ones(mask.shape, dtype=torch.bool, device="cpu") for mask in small], small)
+    )
     total = LayerSparsity(
         name="total",
         kind=f"{len(counted)} layers",
-        weights=sum(c.weights for c in counted),
-        zero_weights=sum(c.zero_weights for c in counted),
-        filters=sum(c.filters for c in counted),
-        zero_filters=sum(c.zero_filters for c in counted),
+        weights=sum(c.weights for c in first.values()),
+        zero_weights=sum(c.zero_weights for c in first.values()),
+        filters=filters,
+        zero_filters=zero_filters,
         parameters=count_parameters(model),
         flops=None if flops is None else flops[""],
     )

@@ -29,6 +29,12 @@ class Layer:
         return weight
 
     @property
+    def gamma(self) -> Tensor | None:
+        """The weight of the batch norm behind it."""
+        norm: Any = self.norm
+        return None if norm is None else norm.weight
+
+    @property
     def filters(self) -> int:
         return int(self.weight.shape[self.dim])
 

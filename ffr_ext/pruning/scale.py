@@ -44,6 +44,26 @@ def effective_scales(layers: list[Layer]) -> list[Tensor]:
     return [_scale(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
 
 
+def without_repeats(layers: list[Layer], filters: list[Tensor]) -> list[Tensor]:
+    """The masks `filters`, without what an earlier layer has already: the filters of a tied weight, unless a gamma of
+    their own comes behind them."""
+    kept: list[Tensor | None] = []  # no address is used twice while all live
+    seen: dict[tuple[int, int], Tensor] = {}
+    gammas: set[int] = set()
+    masks = []
+    for layer, mask in zip(layers, filters, strict=True):
+        weight, gamma = layer.weight, layer.gamma
+        kept += [weight, gamma]
+        key = id(weight), layer.dim
+        before = seen.get(key)
+        seen[key] = mask if before is None else mask | before
+        repeats = before is not None and (gamma is None or id(gamma) in gammas)
+        masks.append(mask & ~before if repeats and before is not None else mask)
+        if gamma is not None:
+            gammas.add(id(gamma))
+    return masks
+
+
 def _scale(layer: Layer, norms: Tensor) -> Tensor:
     norm: Any = layer.norm
     if norm is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .counting import check_threshold
 from .filters import Layer
-from .scale import effective_scales, find_layers
+from .scale import effective_scales, find_layers, without_repeats
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def zero_small_filters(
         dry_run: Change nothing and return the curve: one `CurvePoint` for each threshold, in rising order.
 
     Returns:
-        One `ZeroedFilters` for each layer in which something changed; a second call returns an empty list.
+        One `ZeroedFilters` for each layer in which something changed; a second call returns an empty list. The
+        filters of a weight that layers share are those of the first; another has the ones whose gamma, its own,
+        was zeroed.
 
     Raises:
         TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers), ``dry_run`` no bool.
@@ -110,15 +112,16 @@ def _zero(model: nn.Module, threshold: float, example_inputs: Any) -> list[Zeroe
     with torch.no_grad():
         found = []
         for layer, scales in zip(layers, effective_scales(layers), strict=True):
-            changed = _to_change(layer, scales <= threshold)
-            if bool(changed.any()):
+            if bool(_to_change(layer, scales <= threshold).any()):
                 _check_writable(layer)
-                found.append((layer, scales, changed))
-        for layer, scales, changed in found:
+                found.append((layer, scales))
+        for layer, scales in found:
+            changed = _to_change(layer, scales <= threshold)  # not what a tied weight has lost by now
+            if not bool(changed.any()):
+                continue
             layer.weight.movedim(layer.dim, 0)[changed] = 0  # a view of the weight: this writes to it
-            gamma = _gamma(layer)
-            if gamma is not None:
-                gamma[changed] = 0
+            if layer.gamma is not None:
+                layer.gamma[changed] = 0
             indices = changed.nonzero().flatten()
             zeroed.append(
                 ZeroedFilters(
@@ -128,22 +131,19 @@ def _zero(model: nn.Module, threshold: float, example_inputs: Any) -> list[Zeroe
     return zeroed
 
 
-def _gamma(layer: Layer) -> Tensor | None:
-    norm: Any = layer.norm
-    return None if norm is None else norm.weight
-
-
 def _to_change(layer: Layer, small: Tensor) -> Tensor:
     """Which of the small filters are not all zeros yet, with their gamma."""
     changed = small & (layer.weight.movedim(layer.dim, 0) != 0).flatten(1).any(1)
-    gamma = _gamma(layer)
+    gamma = layer.gamma
     return changed if gamma is None else changed | (small & (gamma != 0))
 
 
 def _check_writable(layer: Layer) -> None:
     """ValueError for a weight that is computed at every access or call: zeros written to it would be lost."""
     for path, module in ((layer.name, layer.module), (layer.norm_name, layer.norm)):
-        if module is not None and module.weight is not None and "weight" not in module._parameters:
+        if module is None or module.weight is None:
+            continue
+        if "weight" not in module._parameters and "weight" not in module._buffers:
             raise ValueError(
                 f"model: {path}.weight is no parameter but computed (weight_norm, a parametrization, a pruning "
                 "mask), so its filters cannot be zeroed; make it one first (remove_weight_norm, "
@@ -153,7 +153,8 @@ def _check_writable(layer: Layer) -> None:
 
 def _point(model: nn.Module, threshold: float, example_inputs: Any) -> CurvePoint:
     layers = find_layers(model, example_inputs)
-    filters = sum(int((scales <= threshold).sum()) for scales in effective_scales(layers))
+    small = [scales <= threshold for scales in effective_scales(layers)]
+    filters = sum(int(mask.sum()) for mask in without_repeats(layers, small))
     if example_inputs is None:
         return CurvePoint(threshold, filters)
     from .checking import Check
