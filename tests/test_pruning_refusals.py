@@ -71,6 +71,18 @@ def test_examples_that_do_not_fit_the_model_are_named(inputs: Any, reason: str) 
         compact(dead(), inputs)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_an_example_that_takes_too_much_memory_is_not_called_wrong(error: type[Exception]) -> None:
+    model = dead()
+
+    def forward(x: Tensor) -> Tensor:
+        raise error("too much")
+
+    model.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(error, match=r"^too much$"):
+        compact(model, torch.randn(X))
+
+
 def loops(x: Tensor) -> Tensor:
     return x * 2 if bool(x.sum() > 0) else x
 

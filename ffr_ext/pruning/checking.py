@@ -96,7 +96,7 @@ def _source_outputs(
 ) -> list[Tensor]:
     try:
         return _outputs(source, *call)
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's own code raises for inputs that do not fit it
         what = "random inputs of their shapes" if random else "them"
