@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,28 @@ def test_a_plan_is_saved_to_and_loaded_from_a_file_name(path: Any) -> None:
         CompactionPlan.load(path)
     with pytest.raises(TypeError, match=f"path: expected a file name, got {type(path).__name__}"):
         CompactionPlan({}).save(path)
+
+
+class Named:
+    """A path of the kind that gives bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode, Named], ids=["str", "Path", "bytes", "PathLike"])
+def test_a_file_name_is_of_any_kind(kind: Any, tmp_path: Path) -> None:
+    plan = compact(dead(), torch.randn(X), measure=False).plan
+    path = tmp_path / "plan.json"
+    plan.save(kind(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert CompactionPlan.load(kind(path)) == plan
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: not a compaction plan"):
+        CompactionPlan.load(kind(path))
 
 
 def test_a_file_name_is_no_plan() -> None:

@@ -85,9 +85,10 @@ class CompactionPlan:
     # JSON
     # ---------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | bytes | os.PathLike[Any]) -> None:
         """Write the plan as JSON. It replaces the file at once, so that a reader never sees half of it."""
-        temporary = f"{_file_name(path)}.{os.getpid()}.tmp"
+        name = _file_name(path)
+        temporary = f"{name}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(
                 {"format": FORMAT, "version": VERSION, "sha256": self.digest(), **self._content()},
@@ -95,26 +96,25 @@ class CompactionPlan:
                 indent=1,
             )
             file.write("\n")
-        os.replace(temporary, path)
+        os.replace(temporary, name)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> CompactionPlan:
+    def load(cls, path: str | bytes | os.PathLike[Any]) -> CompactionPlan:
         """Read a plan that `save` wrote.
 
         Raises ValueError for a file that is no plan, is of another version, or does not match its own
         checksum.
         """
-        with open(_file_name(path), encoding="utf-8") as file:
+        name = _file_name(path)
+        with open(name, encoding="utf-8") as file:
             try:
                 data = json.load(file)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{os.fspath(path)}: not a compaction plan: not JSON ({error})") from None
+                raise ValueError(f"{name}: not a compaction plan: not JSON ({error})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f'{os.fspath(path)}: not a compaction plan: expected "format": "{FORMAT}"')
+            raise ValueError(f'{name}: not a compaction plan: expected "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise ValueError(
-                f"{os.fspath(path)}: plan of version {data.get('version')!r}, this ffr_ext reads {VERSION}"
-            )
+            raise ValueError(f"{name}: plan of version {data.get('version')!r}, this ffr_ext reads {VERSION}")
         try:
             plan = cls(
                 source={n: tuple(int(s) for s in shape) for n, shape in data["source"].items()},
@@ -125,17 +125,11 @@ class CompactionPlan:
             )
             digest = plan.digest()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)}: damaged compaction plan: {type(error).__name__}: {error}"
-            ) from None
+            raise ValueError(f"{name}: damaged compaction plan: {type(error).__name__}: {error}") from None
         if data.get("sha256") != digest:
-            raise ValueError(
-                f"{os.fspath(path)}: damaged compaction plan: its content does not match its checksum"
-            )
+            raise ValueError(f"{name}: damaged compaction plan: its content does not match its checksum")
         if not set(plan.replaced.values()) <= {IDENTITY, ZEROS}:
-            raise ValueError(
-                f"{os.fspath(path)}: unknown replacement among {sorted(set(plan.replaced.values()))}"
-            )
+            raise ValueError(f"{name}: unknown replacement among {sorted(set(plan.replaced.values()))}")
         return plan
 
     def _content(self) -> dict[str, Any]:
@@ -161,11 +155,11 @@ class CompactionPlan:
             raise ValueError(f"this plan is for another model: {'; '.join(problems[:3])}{more}")
 
 
-def _file_name(path: str | os.PathLike[str]) -> str:
+def _file_name(path: str | bytes | os.PathLike[Any]) -> str:
     """TypeError for what is no file name; `open` would take a whole number for a file that is open already."""
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(f"path: expected a file name, got {type(path).__name__}")
-    return os.fspath(path)
+    return os.fsdecode(path)
 
 
 def source_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
