@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -288,6 +289,19 @@ class Inert:
 
     def __call__(self, *args: Any) -> None:
         return None
+
+
+def output_selector(output: Any) -> OutputSelector | None:
+    """`output` as a function or a plain index or key, of what is one of numpy's or a member of an enum; or
+    TypeError."""
+    if output is None or callable(output):
+        selector: OutputSelector | None = output
+        return selector
+    if isinstance(output, str):
+        return str.__str__(output)
+    if isinstance(output, Integral) and not isinstance(output, bool):
+        return int(output)
+    raise TypeError(f"output: expected an index, a key or a function of a layer's output, got {output!r}")
 
 
 def first_tensor(output: Any) -> Any:

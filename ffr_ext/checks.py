@@ -128,7 +128,9 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):
         # Traced with dynamic sizes a float can be symbolic; its value is not known then.
         return weight if torch.compiler.is_compiling() else _finite(name, weight)
-    if isinstance(weight, (bool, str, Mapping, AbstractSet)) or not hasattr(weight, "__iter__"):
+    if isinstance(weight, (bool, str, bytes, bytearray, Mapping, AbstractSet)) or not hasattr(
+        weight, "__iter__"
+    ):
         if isinstance(weight, Real) and not isinstance(weight, bool):  # a number of numpy's
             return _finite(name, weight)
         raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
@@ -154,7 +156,7 @@ def _check_entries(name: str, weight: Tensor) -> None:
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str, bytes, bytearray)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(

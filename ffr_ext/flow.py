@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ffr_ext import checks
 from ffr_ext.backends import BACKENDS
 from ffr_ext.calls import watch_calls
-from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder
+from ffr_ext.capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder, output_selector
 from ffr_ext.describe import Description, describe
 from ffr_ext.functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ffr_ext.layers import LayerSpec, select_layers
@@ -94,10 +94,6 @@ class FeatureFlow:
             )
         if not isinstance(capture_eval, bool):
             raise TypeError(f"capture_eval: expected True or False, got {capture_eval!r}")
-        if not (output is None or callable(output) or type(output) in (int, str)):
-            raise TypeError(
-                f"output: expected an index, a key or a function of a layer's output, got {output!r}"
-            )
         self.model = model
         self.gradient = gradient
         self.curvature = curvature
@@ -110,7 +106,7 @@ class FeatureFlow:
         }
         self._modules = select_layers(model, layers)
         # The reference backend is plain torch, which autograd differentiates by itself.
-        self._recorder = Recorder(output, capture_eval, tapping=backend != "reference")
+        self._recorder = Recorder(output_selector(output), capture_eval, tapping=backend != "reference")
         self._handles: list[RemovableHandle] = []
         self._watches_calls = False
         self._last_terms: Callable[[], FlowTerms] | None = None

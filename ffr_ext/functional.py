@@ -193,7 +193,7 @@ def penalty(
         )
     else:
         terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats or _stats)
-    loss = weigh(on_gradient, terms.gradient) + weigh(on_curvature, terms.curvature)
+    loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
 

@@ -46,12 +46,14 @@ def entry_weights(
             return weighted.EntryWeights.of(_filled(host.tolist(), host.dtype, device))
 
 
-def weigh(weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
+def weigh(name: str, weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
     """`(weight * terms).sum()`. A list is kept on the device for later calls; what `entry_weights` says of captures
-    is true of it too."""
+    is true of it too. ValueError for a tensor without values, where the terms have some."""
     if isinstance(weight, list):
         weight = _on_device(weight, terms.dtype, terms.device)
     elif isinstance(weight, Tensor):
+        if weight.device.type == "meta" != terms.device.type:
+            raise ValueError(f"{name}: expected a tensor with values, got one on the device meta")
         weight = weight.to(terms.device)
     return (weight * terms).sum()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flow_models import (
@@ -281,6 +282,9 @@ def test_a_layer_that_was_not_called_is_an_error_that_names_it() -> None:
         (dict(capture_eval="yes"), "capture_eval: expected True or False, got 'yes'"),
         (dict(output=1.5), "output: expected an index, a key or a function .* got 1.5"),
         (dict(output=True), "output: .* got True"),
+        (dict(output=b"0"), "output: .* got b'0'"),
+        (dict(output=np.float64(1)), "output: .* got np.float64"),
+        (dict(gradient=b"ab"), "gradient: expected a float.* got b'ab'"),
         (dict(output=[0]), r"output: .* got \[0\]"),
     ],
 )

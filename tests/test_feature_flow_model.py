@@ -9,8 +9,10 @@ import pickle
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum, IntEnum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flow_models import Calls, Checkpointed, ResidualNet, expected, hooks, images, make_flow, task_loss
@@ -60,6 +62,37 @@ def test_outputs_that_are_no_tensor(wrap: Any, unwrap: Any, output: Any) -> None
     x = torch.randn(3, 4)
     first = model.a.linear(x)
     with make_flow(model, ["a", "b"], output=output) as flow:
+        model(x)
+        torch.testing.assert_close(flow.loss(), ffr_loss([first, model.b.linear(first)], backend="reference"))
+
+
+class Key(str, Enum):
+    HIDDEN = "hidden"
+
+
+class Index(IntEnum):
+    LAST = 1
+
+
+@pytest.mark.parametrize(
+    ("output", "plain"),
+    [
+        (np.int64(1), 1),
+        (np.uint8(1), 1),
+        (Index.LAST, 1),
+        (Key.HIDDEN, "hidden"),
+        (np.str_("hidden"), "hidden"),
+    ],
+)
+def test_an_output_may_be_of_numpy_or_an_enum(output: Any, plain: Any) -> None:
+    """It means the plain index or key, in messages too."""
+    wrap = (lambda y: (None, y)) if plain == 1 else (lambda y: {"hidden": y})
+    model = Calls(lambda self, x: self.b(self.a(x)[plain])[plain], a=Returns(wrap), b=Returns(wrap))
+    x = torch.randn(3, 4)
+    first = model.a.linear(x)
+    with make_flow(model, ["a", "b"], output=output) as flow:
+        assert type(flow.output) is type(plain)
+        assert flow.output == plain
         model(x)
         torch.testing.assert_close(flow.loss(), ffr_loss([first, model.b.linear(first)], backend="reference"))
 

@@ -66,6 +66,9 @@ WEIGHTS: list[Any] = [
     pytest.param({"gradient": [True]}, TypeError, r"gradient\[0\].*True", id="bool in a list"),
     pytest.param({"gradient": ["1"]}, TypeError, r"gradient\[0\].*'1'", id="string in a list"),
     pytest.param({"gradient": [[1.0]]}, TypeError, r"gradient\[0\].*list", id="list in a list"),
+    pytest.param({"gradient": b"a"}, TypeError, "gradient.*sequence.*b'a'", id="bytes"),
+    pytest.param({"gradient": bytearray(b"a")}, TypeError, "gradient.*sequence.*bytearray", id="bytearray"),
+    pytest.param({"gradient": [b"1"]}, TypeError, r"gradient\[0\].*b'1'", id="bytes in a list"),
     pytest.param({"gradient": {1.0}}, TypeError, "gradient.*sequence.*{1.0}", id="set"),
     pytest.param({"gradient": {0: 1.0}}, TypeError, "gradient.*sequence.*{0: 1.0}", id="dict"),
     pytest.param(
@@ -105,6 +108,22 @@ def test_message(function: Any, args: Any, options: Any, error: type[Exception],
 def test_message_of_weights(options: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         ffr_loss(PAIR, **options)
+
+
+@pytest.mark.parametrize("name", ["gradient", "curvature"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_weight_without_values_is_named(name: str, shape: tuple[int, ...], backend: str) -> None:
+    features = [X, X + 1, X] if name == "curvature" else PAIR
+    with pytest.raises(
+        ValueError, match=f"{name}: expected a tensor with values, got one on the device meta"
+    ):
+        ffr_loss(features, **{name: torch.ones(shape, device="meta")}, backend=backend)
+
+
+def test_features_without_values_take_any_weights() -> None:
+    features = [X.to("meta"), X.to("meta")]
+    for weight in (torch.ones(()), torch.ones(1, device="meta")):
+        assert ffr_loss(features, gradient=weight, backend="reference").is_meta
 
 
 @pytest.mark.parametrize(
