@@ -7,10 +7,7 @@
 #include <vector>
 
 #include "rows.h"
-
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
+#include "stream.h"
 
 namespace ffr {
 namespace {
@@ -112,10 +109,6 @@ void prefetch_start(const char* row, int64_t bytes) {
   for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 1024); byte += 64) __builtin_prefetch(row + byte);
 }
 
-// Results of at least so many bytes do not stay in most last-level caches, and are written around them: a
-// line that is stored whole need not be read first, a third of the traffic (docs/performance.md). Smaller
-// ones are better found in the cache by who reads them next.
-constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kLine = 64;
 
 // Copies past the cache: whole lines of the target, and what is left at both ends as usual.
@@ -133,13 +126,6 @@ void stream(char* target, const char* source, int64_t bytes) {
   memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
 #else
   memcpy(target, source, static_cast<size_t>(bytes));
-#endif
-}
-
-// Streamed stores are ordered after nothing else: before another thread reads them, wait for them.
-void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
 #endif
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "stream.h"
 
 namespace ffr {
 namespace {
@@ -138,7 +139,8 @@ GradientCoef without_payload(GradientCoef coef) {
 struct BackwardOptions {
   bool squared;
   bool accumulate;
-  bool walk;  // the gradients of all features, one after another
+  bool walk;            // the gradients of all features, one after another
+  bool stream = false;  // past the cache: gradients of squares that will not stay in it
 };
 
 // The gradient of feature l at positions [i, i + count) of one group.
@@ -155,7 +157,7 @@ void backward_tile(const Job& job, const RowKernels& rows, const BackwardOptions
     }
     const bool next = options.walk && l + 3 < shape.length;
     const void* ahead = next ? at(job.stage.features[l + 3], dtype, i) : nullptr;
-    rows.backward_squared[type][options.accumulate](x, coef, count, grad, ahead);
+    rows.backward_squared[type][options.stream ? 2 : options.accumulate](x, coef, count, grad, ahead);
     return;
   }
   // Where there is no such plane any other will do: its coefficients are zero.
@@ -273,10 +275,17 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     coef += stats_entries(stage.shape);
     if (!squared) signs += sign_bytes(stage.shape);
   }
-  const BackwardOptions options{squared, false, true};
+  int64_t bytes = 0;
+  for (const Job& job : jobs) {
+    const StageShape& shape = job.stage.shape;
+    const auto wanted = shape.length - std::count(job.stage.grads, job.stage.grads + shape.length, nullptr);
+    bytes += wanted * shape.numel * element_size(job.stage.dtype);
+  }
+  const BackwardOptions options{squared, false, true, squared && bytes >= kStreamBytes};
   const RowKernels& rows = row_kernels();
   for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     backward_chunk(job, rows, options, group, chunk);
+    if (options.stream) stream_fence();
   });
 }
 

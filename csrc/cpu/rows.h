@@ -51,13 +51,14 @@ using NormOfRun = double (*)(const void* x, int64_t count);
 // The same element by element: columns[i] takes x[i] in. There is room for a multiple of 32 columns.
 using AddNormColumns = void (*)(const void* x, int64_t count, double* columns);
 
-// Indexed by DType; the second index of the backward kernels is 1 for "add to what is there".
+// Indexed by DType; the second index of the backward kernels is 1 for "add to what is there" and 2 for "store
+// past the cache".
 struct RowKernels {
   ForwardRow forward_abs[kNumDTypes];
   ForwardRow forward_signs[kNumDTypes];
   ForwardRow forward_squared[kNumDTypes];
   BackwardSignsRow backward_signs[kNumDTypes][2];
-  BackwardSquaredRow backward_squared[kNumDTypes][2];
+  BackwardSquaredRow backward_squared[kNumDTypes][3];
   NormOfRun norm_of_run[kNumDTypes][kNumNorms];
   AddNormColumns add_norm_columns[kNumDTypes][kNumNorms];
 };

@@ -23,6 +23,11 @@ namespace {
 
 constexpr int kVectorBytes = 32;
 
+template <typename Vector>
+FFR_INLINE void stream_vector(Vector* p, const Vector& value) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)value);
+}
+
 #include "block.inc"
 #include "block_portable.inc"
 

@@ -28,6 +28,11 @@ namespace {
 
 constexpr int kVectorBytes = 64;
 
+template <typename Vector>
+FFR_INLINE void stream_vector(Vector* p, const Vector& value) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)value);
+}
+
 #include "block.inc"
 #include "block_portable.inc"
 

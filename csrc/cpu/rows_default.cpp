@@ -5,12 +5,25 @@
 
 #include "rows.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #define FFR_INLINE inline __attribute__((always_inline))
 
 namespace ffr {
 namespace {
 
 constexpr int kVectorBytes = 16;
+
+template <typename Vector>
+FFR_INLINE void stream_vector(Vector* p, const Vector& value) {
+#if defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)value);
+#else
+  *p = value;
+#endif
+}
 
 #include "block.inc"
 #include "block_portable.inc"
