@@ -12,6 +12,7 @@ somebody has to take the constants up.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ffr_ext import backends, compact, compact_filters, filter_norms, ops
 
+from . import networks
 from .harness import Effort, Options, Row, Subject, measure
 
 DEAD = 0.5  # share of the filters of the two inner convolutions of every bottleneck
@@ -77,7 +79,9 @@ def kill(model: nn.Module, constants: bool) -> dict[str, list[int]]:
 
 def kernel_rows(options: Options) -> list[Row]:
     device = torch.device(options.device)
-    state = network(options.tiny).to(device).state_dict().values()
+    # Without transformers (a GPU machine may lack it) our own ResNet-50: kernels see shapes alone.
+    model = network(options.tiny) if _has("transformers") else networks.resnet50()
+    state = model.to(device).state_dict().values()
     tensors = [t.detach() for t in state if t.is_floating_point() and t.dim() > 0]
     generator = torch.Generator().manual_seed(2)
     keep = [
@@ -170,6 +174,9 @@ def _backends(device: torch.device) -> list[str]:
 def whole_rows(options: Options) -> list[Row]:
     device = torch.device(options.device)
     rows: list[Row] = []
+    if not _has("transformers"):
+        print("compact: not measured, transformers is not installed")
+        return rows
     for case in ("zeros", "constants"):
         if not options.wants("only", case) or not options.wants("modes", "compact"):
             continue
@@ -184,7 +191,7 @@ def whole_rows(options: Options) -> list[Row]:
         build: dict[str, Callable[[int], Subject]] = {
             "compact": lambda i, args=(model, image, expected): _ours(*args),
         }
-        if _has_torch_pruning():
+        if _has("torch_pruning"):
             build["torch-pruning"] = lambda i, args=(model, dead, image, expected): _theirs(*args)
         got = measure(
             "compaction",
@@ -240,12 +247,8 @@ def _theirs(model: nn.Module, dead: dict[str, list[int]], image: Tensor, expecte
     return Subject(run, prepare, error)
 
 
-def _has_torch_pruning() -> bool:
-    try:
-        import torch_pruning  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def main(options: Options) -> list[Row]:

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one call: build for it, GPU tests, selftest, benchmark. The log and the tables
-# (four files) go to $FFR_RESULTS_DIR (default: benchmarks/results/gpu), a short table comes last. Exits non-zero if any
+# Everything that needs an NVIDIA GPU, in one call: build for it, GPU tests, selftest, benchmarks. The log and the tables
+# go to $FFR_RESULTS_DIR (default: benchmarks/results/gpu), a short table comes last. Exits non-zero if any
 # step failed.
 #
 #   benchmarks/gpu_check.sh [quick | STEP ...]      quick: no benchmark, no sanitizer
 #
-# Steps: build info selftest test_gpu sanitizer gpu_loss; those named run, in this order, where time is short for all
+# Steps: build info selftest test_gpu sanitizer gpu_loss compaction training; those named run, in this order, where time is short for all
 # at once. The log grows while a step runs, so that a run that is cut off leaves what it has.
 # FFR_EXT_CUDA_ARCHS: architectures to build for; default: that of the first GPU. PYTHON: the interpreter (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-all="build info selftest test_gpu sanitizer gpu_loss"
+all="build info selftest test_gpu sanitizer gpu_loss compaction training"
 wanted=${*:-$all}
 [[ $wanted == quick ]] && wanted="build info selftest test_gpu"
 for name in $wanted; do
@@ -70,10 +70,15 @@ step selftest selftest
 step test_gpu test_gpu
 step sanitizer sanitize
 step gpu_loss "$python" -m benchmarks.bench_gpu_loss
+step compaction "$python" -m benchmarks compaction --device cuda
+step training "$python" -m benchmarks step --device cuda
 
 echo
 [[ ! -f $logs/gpu_loss.log ]] ||
   grep -E "of copy|backward|forward|x eager|(cuda|triton|eager|compile)( graph)?$" "$logs/gpu_loss.log" | tail -n 70
+for name in compaction training; do
+  [[ ! -f $logs/$name.log ]] || grep -E "^[a-z0-9_/]+ .* ms \[" "$logs/$name.log"
+done
 echo
 cat "$summary"
 exit $failed

@@ -108,9 +108,11 @@ def _native() -> str | None:
     return None if module is None else str(module.build_info()["cpu_isa"])
 
 
-def write(bench: str, rows: Sequence[Row], device: torch.device | str, directory: Path = RESULTS) -> Path:
-    """Write the rows of one benchmark on this machine; earlier ones are replaced."""
+def write(bench: str, rows: Sequence[Row], device: torch.device | str, directory: Path | None = None) -> Path:
+    """Write the rows of one benchmark on this machine; earlier ones are replaced. Default directory:
+    $FFR_RESULTS_DIR, or that of the committed results."""
     head = header(device)
+    directory = directory or Path(os.environ.get("FFR_RESULTS_DIR") or RESULTS)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{bench}-{head['machine']}.json"
     lines = ",\n    ".join(json.dumps(_rounded(as_dict(row))) for row in rows)

@@ -190,6 +190,7 @@ case "$*" in
   *pip*) echo "archs $FFR_EXT_CUDA_ARCHS" ;;
   *pytest*) echo "1 failed"; exit 1 ;;
   *bench_gpu_loss*) echo "10 features, 256 MiB  float32  l1  cuda forward  95.0" ;;
+  *compaction*) echo "resnet50  gather  cuda  0.0400 ms [0.0390, 0.0420]"; echo "wrote it" ;;
   *) echo "$3 is fine" ;;
 esac
 """
@@ -198,7 +199,10 @@ esac
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        ([], ["build", "info", "selftest", "test_gpu", "sanitizer", "gpu_loss"]),
+        (
+            [],
+            ["build", "info", "selftest", "test_gpu", "sanitizer", "gpu_loss", "compaction", "training"],
+        ),
         (["quick"], ["build", "info", "selftest", "test_gpu"]),
         (["gpu_loss", "info"], ["info", "gpu_loss"]),
     ],
@@ -220,6 +224,7 @@ def test_gpu_check_runs_its_steps(arguments: list[str], steps: list[str], tmp_pa
     log = (out / "gpu_check.log").read_text()
     assert ("archs 90" in log) == ("build" in steps)
     assert ("cuda forward  95.0" in done.stdout) == ("gpu_loss" in steps)
+    assert ("gather  cuda  0.0400 ms" in done.stdout) == ("compaction" in steps)
 
 
 def test_gpu_check_knows_its_steps() -> None:
@@ -227,6 +232,11 @@ def test_gpu_check_knows_its_steps() -> None:
     done = subprocess.run(command, env={**os.environ, "PYTHON": "false"}, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no step bench" in done.stderr
+
+
+def test_results_go_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFR_RESULTS_DIR", str(tmp_path))
+    assert results.write("loss", [row()], "cpu").parent == tmp_path
 
 
 def test_scaling_benchmark_runs() -> None:
