@@ -47,7 +47,7 @@ def _declare() -> None:
         _library.define("new_compacted" + NEW_TENSORS)
         _library.define("compacted" + NEW_TENSORS)
         _library.impl("new_compacted", _new_compacted, "CompositeExplicitAutograd")
-        _library.impl("compacted", _compacted, "CPU")
+        _library.impl("compacted", compacted_by_torch, "CPU")
     torch.library.register_fake("ffr_ext::new_compacted", _new_compacted, lib=_library)
     torch.library.register_fake("ffr_ext::compacted", _fake_compacted, lib=_library)
 
@@ -71,7 +71,8 @@ def _new_compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -
     return outs
 
 
-def _compacted(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+def compacted_by_torch(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+    """`compacted` in plain torch, on any device; the indices have been checked."""
     outs = _new_compacted(tensors, keep, dims)
     for tensor, index, dim, out in zip(tensors, keep, dims, outs, strict=True):
         torch.index_select(tensor, dim, index, out=out)

@@ -81,11 +81,9 @@ def _gather(sources: list[Tensor], keep: list[Tensor], dims: list[int], backend:
     if not all(index.device == device and index.is_contiguous() for index in keep):
         moved = {id(index): index.to(device).contiguous() for index in keep}
         keep = [moved[id(index)] for index in keep]
-    outs = ops.new_compacted(sources, keep, dims)
     if concrete == "reference":
-        for source, index, dim, out in zip(sources, keep, dims, outs, strict=True):
-            torch.index_select(source, dim, index, out=out)
-        return outs
+        return ops.compacted_by_torch(sources, keep, dims)
+    outs = ops.new_compacted(sources, keep, dims)
     ready = [source if source.is_contiguous() else dense(source) for source in sources]
     try:
         ops.filter_kernels(concrete).compact(ready, keep, dims, outs)

@@ -36,7 +36,7 @@ def filter_norms(
 
     Returns:
         One 1-D tensor of ``w.shape[dim]`` norms per weight, on its device; float64 for float64 weights, else
-        float32. Not differentiable.
+        float32. Not differentiable. Those of one device are views of one tensor: clone what is changed or kept long.
 
     Raises:
         TypeError: ``weights`` is not a sequence of tensors, or ``dim`` no whole number or sequence of them.
