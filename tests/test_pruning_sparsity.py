@@ -341,6 +341,44 @@ def test_a_tied_weight_behind_norms_of_their_own_counts_with_each() -> None:
     assert [(z.layer, z.norm, z.filters) for z in zeroed] == [("0", "1", (0, 1)), ("4", "5", (1, 2, 3))]
     assert sum(map(len, zeroed)) == point.filters == report.zero_filters == 5
     assert report.filters == 12
+    assert zero_small_filters(model, 1e-3) == []
+
+
+def test_a_filter_of_a_tied_weight_becomes_zero_where_it_is_small_in_every_layer() -> None:
+    """One small gamma says nothing of the other layer, which must go on as it was; the channel of the small one is
+    gone with its own gamma."""
+    model = tied(norms=True).eval()
+    with torch.no_grad():
+        model[1].weight[:2] = 1e-4
+        model[5].weight[1:4] = 1e-4
+        weight = model[0].weight.clone()
+    zero_small_filters(model, 1e-3)
+    assert [bool(row.any()) for row in model[0].weight] == [True, False, True, True]
+    assert torch.equal(model[0].weight[[0, 2, 3]], weight[[0, 2, 3]])
+    assert model[1].weight.tolist() == [0, 0, 1, 1]
+    assert model[5].weight.tolist() == [1, 0, 0, 0]
+
+
+def test_a_tied_weight_with_and_without_a_norm_keeps_what_either_uses() -> None:
+    model = tied()
+    model = nn.Sequential(*model, nn.BatchNorm1d(4)).eval()  # behind the last: its gammas are 1
+    before = copy.deepcopy(model.state_dict())
+    (point,) = zero_small_filters(model, 0.01, dry_run=True)
+    assert zero_small_filters(model, 0.01) == []
+    assert point.filters == sparsity(model, 0.01).zero_filters == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gamma_that_layers_share_is_small_where_each_says_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model[3].weight = model[1].weight
+    model[1].running_var[0] = 1e-20  # by its own statistics, channel 0 of the first norm is constant
+    model[1].running_var[1] = model[3].running_var[1] = 1e-20
+    zeroed = zero_small_filters(model, 1e-3)
+    assert [(z.layer, z.filters) for z in zeroed] == [("0", (0, 1)), ("2", (1,))]
+    assert model[1].weight.tolist() == [1, 0, 1, 1]
+    assert [bool(row.any()) for row in model[0].weight] == [False, False, True, True]
+    assert [bool(row.any()) for row in model[2].weight] == [True, False, True, True]
 
 
 def test_a_tied_weight_that_cannot_be_written_changes_nothing() -> None:

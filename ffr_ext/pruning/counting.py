@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .report import count_parameters, flop_counter
-from .scale import effective_scales, find_layers, without_repeats
+from .scale import effective_scales, find_layers, small_filters, without_repeats
 from .tracing import as_call
 
 
@@ -118,8 +118,9 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     """Count the weights and filters of every convolution and linear layer that are zero.
 
     A filter counts as zero if its effective scale is at or below ``threshold``: behind a batch norm
-    |gamma| sqrt(var / (var + eps)), else its L2 norm; filters of zeros have scale 0. `zero_small_filters`
-    with the same threshold zeroes exactly these.
+    |gamma| sqrt(var / (var + eps)), else its L2 norm; filters of zeros have scale 0. The filters of a weight that
+    layers share, and a gamma that they share, count where that holds in each of them. `zero_small_filters` with the
+    same threshold zeroes exactly these.
 
     Args:
         model: Any module. Nothing is run without ``example_inputs``, and nothing is changed.
@@ -136,7 +137,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     layers = find_layers(model, example_inputs)
     flops = None if example_inputs is None else _flops_by_module(model, example_inputs)
     counted = []
-    small = [scale <= threshold for scale in effective_scales(layers)]
+    small = [s.filters for s in small_filters(layers, effective_scales(layers), threshold)]
     for layer, mask in zip(layers, small, strict=True):
         members = [layer.module, *([layer.norm] if layer.norm is not None else [])]
         counted.append(

@@ -9,6 +9,7 @@ the filter's L2 norm. A filter of zeros has scale 0 in any case.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,44 @@ def effective_scales(layers: list[Layer]) -> list[Tensor]:
     launch."""
     norms = filter_norms([layer.weight.detach() for layer in layers], 2, [layer.dim for layer in layers])
     return [_scale(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
+
+
+@dataclass(frozen=True)
+class SmallFilters:
+    """Which of a layer's parameters make filters at or below a threshold: what layers share is small where each of
+    them says so, since zeros in it are zeros in all of them.
+
+    Attributes:
+        rows: Filters of the weight, a bool for each.
+        gammas: Elements of the batch norm's gamma; all False without one.
+    """
+
+    rows: Tensor
+    gammas: Tensor
+
+    @property
+    def filters(self) -> Tensor:
+        return self.rows | self.gammas
+
+
+def small_filters(layers: list[Layer], scales: list[Tensor], threshold: float) -> list[SmallFilters]:
+    """For each layer, from its effective scales."""
+    small = [scale <= threshold for scale in scales]
+    weights = [layer.weight for layer in layers]  # alive at once, so that no two have one address
+    rows = _in_all([(id(weight), layer.dim) for weight, layer in zip(weights, layers, strict=True)], small)
+    gammas = _in_all([id(layer if layer.gamma is None else layer.gamma) for layer in layers], small)
+    return [
+        SmallFilters(row, torch.zeros_like(row) if layer.gamma is None else gamma)
+        for row, gamma, layer in zip(rows, gammas, layers, strict=True)
+    ]
+
+
+def _in_all(keys: list[Any], masks: list[Tensor]) -> list[Tensor]:
+    """Each mask and those of the same key."""
+    shared: dict[Any, Tensor] = {}
+    for key, mask in zip(keys, masks, strict=True):
+        shared[key] = shared[key] & mask if key in shared else mask
+    return [shared[key] for key in keys]
 
 
 def without_repeats(layers: list[Layer], filters: list[Tensor]) -> list[Tensor]:

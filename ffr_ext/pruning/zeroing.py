@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .counting import check_threshold
 from .filters import Layer
-from .scale import effective_scales, find_layers, without_repeats
+from .scale import SmallFilters, effective_scales, find_layers, small_filters, without_repeats
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def zero_small_filters(
 
     The effective scale is |gamma| sqrt(var / (var + eps)) behind a batch norm, else the filter's L2 norm; see
     `sparsity`. The filter and gamma become 0. What is left of the channel is the constant beta (the bias,
-    without a norm), in training and in eval mode, which `compact` takes out where it can be absorbed.
+    without a norm), in training and in eval mode, which `compact` takes out where it can be absorbed. A filter of a
+    weight that layers share becomes 0 where it is small in each of them; a gamma of one layer, by itself.
 
     Args:
         model: Any module with convolutions or linear layers.
@@ -111,31 +112,32 @@ def _zero(model: nn.Module, threshold: float, example_inputs: Any) -> list[Zeroe
     layers = find_layers(model, example_inputs)
     with torch.no_grad():
         found = []
-        for layer, scales in zip(layers, effective_scales(layers), strict=True):
-            if bool(_to_change(layer, scales <= threshold).any()):
+        scales = effective_scales(layers)
+        for layer, scale, small in zip(layers, scales, small_filters(layers, scales, threshold), strict=True):
+            if bool(_to_change(layer, small).any()):
                 _check_writable(layer)
-                found.append((layer, scales))
-        for layer, scales in found:
-            changed = _to_change(layer, scales <= threshold)  # not what a tied weight has lost by now
+                found.append((layer, scale, small))
+        for layer, scale, small in found:
+            changed = _to_change(layer, small)  # not what a tied weight has lost by now
             if not bool(changed.any()):
                 continue
-            layer.weight.movedim(layer.dim, 0)[changed] = 0  # a view of the weight: this writes to it
+            layer.weight.movedim(layer.dim, 0)[small.rows] = 0  # a view of the weight: this writes to it
             if layer.gamma is not None:
-                layer.gamma[changed] = 0
+                layer.gamma[small.gammas] = 0
             indices = changed.nonzero().flatten()
             zeroed.append(
                 ZeroedFilters(
-                    layer.name, layer.norm_name, tuple(indices.tolist()), tuple(scales[indices].tolist())
+                    layer.name, layer.norm_name, tuple(indices.tolist()), tuple(scale[indices].tolist())
                 )
             )
     return zeroed
 
 
-def _to_change(layer: Layer, small: Tensor) -> Tensor:
+def _to_change(layer: Layer, small: SmallFilters) -> Tensor:
     """Which of the small filters are not all zeros yet, with their gamma."""
-    changed = small & (layer.weight.movedim(layer.dim, 0) != 0).flatten(1).any(1)
+    changed = small.rows & (layer.weight.movedim(layer.dim, 0) != 0).flatten(1).any(1)
     gamma = layer.gamma
-    return changed if gamma is None else changed | (small & (gamma != 0))
+    return changed if gamma is None else changed | (small.gammas & (gamma != 0))
 
 
 def _check_writable(layer: Layer) -> None:
@@ -153,8 +155,8 @@ def _check_writable(layer: Layer) -> None:
 
 def _point(model: nn.Module, threshold: float, example_inputs: Any) -> CurvePoint:
     layers = find_layers(model, example_inputs)
-    small = [scales <= threshold for scales in effective_scales(layers)]
-    filters = sum(int(mask.sum()) for mask in without_repeats(layers, small))
+    small = small_filters(layers, effective_scales(layers), threshold)
+    filters = sum(int(mask.sum()) for mask in without_repeats(layers, [s.filters for s in small]))
     if example_inputs is None:
         return CurvePoint(threshold, filters)
     from .checking import Check
