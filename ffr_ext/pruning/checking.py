@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .tracing import evaluating
+from .tracing import OUT_OF_MEMORY, evaluating
 
 # Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
 # in another order differ by a few units of the last place per layer; half precision is checked in float64,
@@ -70,6 +70,8 @@ class Check:
     def _run(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
         try:
             return _outputs(model, *call)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:  # the model's own code decides what a wrong size raises
             raise Mismatch(f"{type(error).__name__}: {error}") from error
 
@@ -96,7 +98,7 @@ def _source_outputs(
 ) -> list[Tensor]:
     try:
         return _outputs(source, *call)
-    except (MemoryError, torch.OutOfMemoryError):
+    except OUT_OF_MEMORY:
         raise
     except Exception as error:  # whatever the model's own code raises for inputs that do not fit it
         what = "random inputs of their shapes" if random else "them"

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+# Says nothing of the model: never turned into an error that does.
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
 
 @dataclass
 class TracedGraph:
@@ -82,6 +85,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     with evaluating(model):
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             raise ValueError(
                 f"torch.export could not trace {type(model).__name__} with these example_inputs, "
