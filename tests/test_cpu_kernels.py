@@ -92,36 +92,48 @@ def test_a_million_odd_elements() -> None:
     check_flow(kernels, make_problem([StageSpec(2, 1_000_003)], squared=False))
 
 
-def check_large_gradients() -> None:
-    """Above 32 MB gradients of squares are stored past the cache: the bits are those of one feature at a time."""
-    ops = torch.ops.ffr_ext
-    # Whole vectors and not, samples that begin anywhere in a vector, other dtypes, the same with a gradient less.
-    stages = [(5, 1, 2_000_000, F32), (3, 3, 3 * 200_001, F32), (2, 5, 5 * 12_345, F64), (3, 1, 99_999, BF16)]
-    for unwanted in (-1, 1):
-        lengths, groups, numels = ([stage[i] for stage in stages] for i in range(3))
-        features = [torch.randn(n).to(dtype) for length, _, n, dtype in stages for _ in range(length)]
-        grads = [torch.full_like(f, math.nan) for f in features]
-        if unwanted >= 0:
-            grads[unwanted] = features[unwanted].new_empty(0)
-        entries = [(2 * length - 3) * group for length, group in zip(lengths, groups, strict=True)]
-        coef, signs = torch.randn(sum(entries), dtype=F64), torch.empty(0, dtype=torch.uint8)
-        ops.flow_backward(features, signs, coef, lengths, numels, groups, True, grads)
-        first = 0
-        for (length, group, numel, _), part in zip(stages, coef.split(entries), strict=True):
-            own = features[first : first + length]
-            for index in range(length):
-                got = grads[first + index]
-                if got.numel():
-                    expected = torch.full_like(got, math.nan)
-                    ops.flow_backward_at(
-                        own, signs, part.clone(), length, numel, group, True, index, expected, False
-                    )
-                    assert torch.equal(got, expected), (length, numel, index)
-            first += length
+def check_large_gradients(squared: bool) -> None:
+    """Above 32 MB gradients are stored past the cache: the bits are those of one feature at a time, which are not."""
+    # Whole vectors and not, samples that begin anywhere in a vector or in a byte of the signs, every dtype; the same
+    # with a gradient less.
+    specs = [
+        StageSpec(5, 2_000_000),
+        StageSpec(3, 3 * 200_001, groups=3),
+        StageSpec(2, 5 * 12_345, groups=5, dtype=F64),
+    ]
+    specs += [StageSpec(3, 2 * 99_999, groups=2, dtype=BF16), StageSpec(4, 1_000_003, dtype=BF16)]
+    specs += [StageSpec(3, 99_999, dtype=F16)]
+    lengths, numels, groups = (
+        [getattr(spec, name) for spec in specs] for name in ("length", "numel", "groups")
+    )
+    features = [[torch.randn(s.numel).to(s.dtype) for _ in range(s.length)] for s in specs]
+    flat = [feature for stage in features for feature in stage]
+    entries = [(2 * s.length - 3) * s.groups for s in specs]
+    planes = [0 if squared else (s.length - 1) * plane_bytes(s.numel) for s in specs]
+    stats, signs = torch.empty(sum(entries), dtype=F64), torch.zeros(sum(planes), dtype=torch.uint8)
+    kernels.flow_forward(flat, lengths, groups, squared, stats, signs)
+    coef = torch.randn_like(stats)
+    for unwanted in (None, 1):
+        grads = [torch.full_like(f, math.nan) for f in flat]
+        if unwanted is not None:
+            grads[unwanted] = flat[unwanted].new_empty(0)
+        kernels.flow_backward(flat if squared else [], signs, coef, lengths, numels, groups, squared, grads)
+        rest = iter(grads)
+        for s, stage, k, codes in zip(specs, features, coef.split(entries), signs.split(planes), strict=True):
+            own = stage if squared else []
+            for index in range(s.length):
+                if not (got := next(rest)).numel():
+                    continue
+                want = torch.full_like(got, math.nan)
+                kernels.flow_backward_at(
+                    own, codes.clone(), k.clone(), s.length, s.numel, s.groups, squared, index, want, False
+                )
+                assert torch.equal(got, want), (s, index)
 
 
-def test_large_gradients_are_those_of_one_feature_at_a_time() -> None:
-    check_large_gradients()
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+def test_large_gradients_are_those_of_one_feature_at_a_time(squared: bool) -> None:
+    check_large_gradients(squared)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -246,7 +258,8 @@ def check_this_instruction_set() -> dict[str, str]:
     for i, dtype in enumerate(ALL_DTYPES):
         for j, case in enumerate(CASES):
             check_flow(kernels, problem_of(case, dtype, squared=(i + j) % 2 == 0))
-    check_large_gradients()
+    check_large_gradients(squared=False)
+    check_large_gradients(squared=True)
     digest = hashlib.sha256()
     for output in all_outputs():
         digest.update((output + 0).view(torch.uint8).numpy().tobytes())  # + 0: -0 and 0 are one result

@@ -138,9 +138,8 @@ GradientCoef without_payload(GradientCoef coef) {
 
 struct BackwardOptions {
   bool squared;
-  bool accumulate;
-  bool walk;            // the gradients of all features, one after another
-  bool stream = false;  // past the cache: gradients of squares that will not stay in it
+  Write write;
+  bool walk;  // the gradients of all features, one after another
 };
 
 // The gradient of feature l at positions [i, i + count) of one group.
@@ -148,7 +147,7 @@ void backward_tile(const Job& job, const RowKernels& rows, const BackwardOptions
                    const GradientCoef& coef, int64_t l, int64_t i, int64_t count, void* grad) {
   const StageShape& shape = job.stage.shape;
   const DType dtype = job.stage.dtype;
-  const int type = static_cast<int>(dtype);
+  const int type = static_cast<int>(dtype), write = static_cast<int>(options.write);
   if (options.squared) {
     const void* x[5];
     for (int k = 0; k < 5; ++k) {
@@ -157,14 +156,14 @@ void backward_tile(const Job& job, const RowKernels& rows, const BackwardOptions
     }
     const bool next = options.walk && l + 3 < shape.length;
     const void* ahead = next ? at(job.stage.features[l + 3], dtype, i) : nullptr;
-    rows.backward_squared[type][options.stream ? 2 : options.accumulate](x, coef, count, grad, ahead);
+    rows.backward_squared[type][write](x, coef, count, grad, ahead);
     return;
   }
   // Where there is no such plane any other will do: its coefficients are zero.
   const auto plane = [&](int64_t p) {
     return job.planes + std::clamp<int64_t>(p, 0, num_first(shape) - 1) * plane_bytes(shape.numel) + i / 2;
   };
-  rows.backward_signs[type][options.accumulate](plane(l - 2), plane(l - 1), plane(l), coef, count, grad);
+  rows.backward_signs[type][write](plane(l - 2), plane(l - 1), plane(l), coef, count, grad);
 }
 
 // Positions [i, i + count) of one group's gradient of feature l.
@@ -174,7 +173,7 @@ void backward_positions(const Job& job, const RowKernels& rows, const BackwardOp
   const int64_t size = element_size(dtype);
   char* grad = at(grad_base, dtype, i);
   if (job.stage.shape.length < 2) {  // no term: the gradient is zero
-    if (!options.accumulate) memset(grad, 0, static_cast<size_t>(count * size));
+    if (options.write != Write::kAdd) memset(grad, 0, static_cast<size_t>(count * size));
     return;
   }
   if (!options.squared && i % 2 != 0) {
@@ -281,11 +280,11 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     const auto wanted = shape.length - std::count(job.stage.grads, job.stage.grads + shape.length, nullptr);
     bytes += wanted * shape.numel * element_size(job.stage.dtype);
   }
-  const BackwardOptions options{squared, false, true, squared && bytes >= kStreamBytes};
+  const BackwardOptions options{squared, bytes >= kStreamBytes ? Write::kStream : Write::kStore, true};
   const RowKernels& rows = row_kernels();
   for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     backward_chunk(job, rows, options, group, chunk);
-    if (options.stream) stream_fence();
+    if (options.write == Write::kStream) stream_fence();
   });
 }
 
@@ -294,7 +293,7 @@ void flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs
   Job job = make_job(stage, 1, backward_tile_bytes(stage), {});
   job.planes = signs;
   job.coef = coef;
-  const BackwardOptions options{squared, accumulate, false};
+  const BackwardOptions options{squared, accumulate ? Write::kAdd : Write::kStore, false};
   const RowKernels& rows = row_kernels();
   for_each_chunk({job}, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     const Range range = job.chunks.positions(group, chunk);

@@ -51,14 +51,18 @@ using NormOfRun = double (*)(const void* x, int64_t count);
 // The same element by element: columns[i] takes x[i] in. There is room for a multiple of 32 columns.
 using AddNormColumns = void (*)(const void* x, int64_t count, double* columns);
 
-// Indexed by DType; the second index of the backward kernels is 1 for "add to what is there" and 2 for "store
-// past the cache".
+// How a gradient gets to memory: over what is there, added to it, or over it and past the cache (float16 and
+// gradients that do not lie on whole vectors are stored instead).
+enum class Write { kStore = 0, kAdd = 1, kStream = 2 };
+constexpr int kNumWrites = 3;
+
+// Indexed by DType, and then by Write or Norm.
 struct RowKernels {
   ForwardRow forward_abs[kNumDTypes];
   ForwardRow forward_signs[kNumDTypes];
   ForwardRow forward_squared[kNumDTypes];
-  BackwardSignsRow backward_signs[kNumDTypes][2];
-  BackwardSquaredRow backward_squared[kNumDTypes][3];
+  BackwardSignsRow backward_signs[kNumDTypes][kNumWrites];
+  BackwardSquaredRow backward_squared[kNumDTypes][kNumWrites];
   NormOfRun norm_of_run[kNumDTypes][kNumNorms];
   AddNormColumns add_norm_columns[kNumDTypes][kNumNorms];
 };
