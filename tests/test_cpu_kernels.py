@@ -93,7 +93,8 @@ def test_a_million_odd_elements() -> None:
 
 
 def check_large_gradients(squared: bool) -> None:
-    """Above 32 MB gradients are stored past the cache: the bits are those of one feature at a time, which are not."""
+    """Above 32 MB (from signs 64) gradients are stored past the cache, but where their memory is still to come from the
+    operating system: the bits are those of one feature at a time, which are stored plainly."""
     # Whole vectors and not, samples that begin anywhere in a vector or in a byte of the signs, every dtype; the same
     # with a gradient less.
     specs = [
@@ -113,8 +114,9 @@ def check_large_gradients(squared: bool) -> None:
     stats, signs = torch.empty(sum(entries), dtype=F64), torch.zeros(sum(planes), dtype=torch.uint8)
     kernels.flow_forward(flat, lengths, groups, squared, stats, signs)
     coef = torch.randn_like(stats)
-    for unwanted in (None, 1):
+    for unwanted in (None, 3):
         grads = [torch.full_like(f, math.nan) for f in flat]
+        grads[0] = torch.empty_like(flat[0])  # 36 MB, which malloc maps anew
         if unwanted is not None:
             grads[unwanted] = flat[unwanted].new_empty(0)
         kernels.flow_backward(flat if squared else [], signs, coef, lengths, numels, groups, squared, grads)

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "new_memory.h"
 #include "rows.h"
 #include "stream.h"
 
@@ -63,6 +64,7 @@ struct Job {
   double* partial = nullptr;  // forward: a row of rows() sums per chunk, where a group has several chunks
   const uint8_t* planes = nullptr;
   const double* coef = nullptr;
+  const uint8_t* new_memory = nullptr;  // backward: a gradient each, whether its memory is still to come
 
   int64_t num_chunks() const { return chunks.per_group * stage.shape.groups; }
   int64_t rows() const { return num_first(stage.shape) + num_second(stage.shape); }
@@ -197,7 +199,13 @@ void backward_chunk(const Job& job, const RowKernels& rows, const BackwardOption
     for (int64_t l = 0; l < shape.length; ++l) {
       if (job.stage.grads[l] == nullptr) continue;
       const GradientCoef coef = without_payload(gradient_coef(job.coef, shape, group, l));
-      backward_positions(job, rows, options, coef, l, i, count, job.stage.grads[l]);
+      BackwardOptions own = options;
+      if (job.new_memory != nullptr && job.new_memory[l]) {
+        // Its pages arrive in the cache, from where a streamed store would have to drive them out.
+        own.write = Write::kStore;
+        request_pages(at(job.stage.grads[l], job.stage.dtype, i), count * element_size(job.stage.dtype));
+      }
+      backward_positions(job, rows, own, coef, l, i, count, job.stage.grads[l]);
     }
   }
 }
@@ -213,6 +221,17 @@ Job make_job(const StageView& stage, int64_t walked, int64_t tile_bytes, const s
 int64_t backward_tile_bytes(const StageView& stage) {
   const int64_t part = stage.shape.numel * element_size(stage.dtype) / 16 / kBlockBytes * kBlockBytes;
   return std::clamp(part, kForwardTileBytes, kMostBackwardTileBytes);
+}
+
+// For each gradient whether its memory is still to come, judged by its middle.
+std::vector<uint8_t> find_new_memory(const std::vector<Job>& jobs) {
+  std::vector<uint8_t> found;
+  for (const Job& job : jobs)
+    for (int64_t l = 0; l < job.stage.shape.length; ++l) {
+      const void* grad = job.stage.grads[l];
+      found.push_back(grad != nullptr && is_new_memory(at(grad, job.stage.dtype, job.stage.shape.numel / 2)));
+    }
+  return found;
 }
 
 }  // namespace
@@ -280,7 +299,17 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     const auto wanted = shape.length - std::count(job.stage.grads, job.stage.grads + shape.length, nullptr);
     bytes += wanted * shape.numel * element_size(job.stage.dtype);
   }
-  const BackwardOptions options{squared, bytes >= kStreamBytes ? Write::kStream : Write::kStore, true};
+  const bool large = bytes >= kStreamBytes;
+  // Gradients from signs have the cache nearly to themselves, so that more of them stay to be read.
+  const bool stream = bytes >= (squared ? kStreamBytes : 2 * kStreamBytes);
+  const std::vector<uint8_t> new_memory = large ? find_new_memory(jobs) : std::vector<uint8_t>();
+  const uint8_t* next = new_memory.data();
+  for (Job& job : jobs) {
+    if (!large) break;
+    job.new_memory = next;
+    next += job.stage.shape.length;
+  }
+  const BackwardOptions options{squared, stream ? Write::kStream : Write::kStore, true};
   const RowKernels& rows = row_kernels();
   for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {
     backward_chunk(job, rows, options, group, chunk);
