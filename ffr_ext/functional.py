@@ -106,7 +106,8 @@ def ffr_loss(
         norm: "l1" (sum of absolute values), "l2_squared" (sum of squares) or "l2" (Euclidean norm of each sample's
             difference, summed over samples: with the gradient terms the exact length of the trajectory).
         curvature_kind: "difference" applies the norm to c_l; "angle" is the angle in radians between d_l and d_{l+1}
-            per sample (total absolute curvature of the polygon), whatever the norm.
+            per sample (total absolute curvature of the polygon), whatever the norm. Differences in float32 leave an
+            angle near 0 or pi uncertain by up to 2e-3.
         reduction: "sum"; "batchmean" divides by B; "mean" divides by the number of elements N ("l2": by
             B sqrt(N / B)). Angles are averaged over samples by both. The mean of an empty feature is 0.
         transition: "break": no terms between stages. "pool": the last features of the earlier stage (up to two) are

@@ -73,6 +73,17 @@ def test_angle_is_independent_of_scale_and_keeps_its_digits_when_small(backend: 
         assert terms.curvature.item() == pytest.approx(theta, rel=1e-6)
 
 
+@pytest.mark.parametrize("turn", [0.0, math.pi], ids=["onwards", "back"])
+@pytest.mark.parametrize("numel", [1, 16, 4096])
+def test_angle_of_float32_differences_near_its_ends(numel: int, turn: float, backend: str) -> None:
+    """Rounded differences are not quite parallel: one angle may be off by 2e-3, a thousand by less on average."""
+    torch.manual_seed(0)
+    step = torch.randn(1000, numel)
+    on = step * (0.5 + 1.5 * torch.rand(1000, 1)) * math.cos(turn)
+    terms = flow_terms([torch.zeros_like(step), step, step + on], curvature_kind="angle", backend=backend)
+    assert terms.curvature.item() == pytest.approx(turn, abs=4e-4)
+
+
 @pytest.mark.parametrize(
     ("trajectory", "expected"),
     [
