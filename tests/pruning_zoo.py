@@ -85,6 +85,46 @@ def swin() -> nn.Module:
     )  # fmt: skip
 
 
+def segformer() -> nn.Module:
+    """Its decoder reads hidden states that hooks of transformers collect."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    return SegformerForSemanticSegmentation(
+        SegformerConfig(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16],
+                        patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+                        decoder_hidden_size=12, num_labels=4)
+    )  # fmt: skip
+
+
+def levit() -> nn.Module:
+    """In eval mode its attention keeps a tensor with a graph, which `copy.deepcopy` refuses."""
+    from transformers import LevitConfig, LevitForImageClassification
+
+    return LevitForImageClassification(
+        LevitConfig(image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2], depths=[1, 1, 1],
+                    key_dim=[8, 8, 8], num_labels=5, drop_path_rate=0,
+                    down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]])
+    )  # fmt: skip
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                    intermediate_size=24, max_position_embeddings=16, use_cache=False)
+    )  # fmt: skip
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, use_cache=False,
+                 feed_forward_proj="gated-gelu")
+    )  # fmt: skip
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -112,8 +152,12 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "efficientnet": (efficientnet, image),
     "vit": (vit, image),
     "swin": (swin, image),
+    "segformer": (segformer, lambda: image(64)),
+    "levit": (levit, lambda: image(64)),
     "bert": (bert, tokens),
     "gpt2": (gpt2, tokens),
+    "llama": (llama, tokens),
+    "t5": (t5, lambda: {**tokens(), "decoder_input_ids": torch.randint(0, 50, (2, 5))}),
 }
 
 

@@ -25,8 +25,12 @@ LEFT = {
     "efficientnet": 0.55,
     "vit": 0.90,
     "swin": 0.80,
+    "segformer": 0.80,
+    "levit": 0.75,
     "bert": 0.90,
     "gpt2": 0.90,
+    "llama": 0.72,
+    "t5": 0.75,
 }
 
 
@@ -43,6 +47,31 @@ def test_outputs_stay_and_the_model_shrinks(name: str) -> None:
     assert result.report.flops[1] < result.report.flops[0]
     again = compact(result.model, inputs(), measure=False)
     assert again.plan.is_empty, again.report.explain()
+
+
+def test_a_model_that_has_run_is_compacted_as_one_that_has_not() -> None:
+    """What a forward leaves behind: hooks that collect hidden states, cached tensors with a graph."""
+    for name in ("segformer", "levit", "vit"):
+        make, inputs = ZOO[name]
+        model, x = kill(randomize(make())), inputs()
+        fresh = compact(model, x, measure=False)
+        model(x)
+        model(x, output_hidden_states=True)
+        used = compact(model, x, measure=False)
+        assert used.plan.digest() == fresh.plan.digest()
+        assert largest_difference(model, used.model, x) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit", "segformer", "bert", "gpt2"])
+def test_hidden_states_are_collected_as_before(name: str) -> None:
+    make, inputs = ZOO[name]
+    model, x = kill(randomize(make())), inputs()
+    call = {**(x if isinstance(x, dict) else {"pixel_values": x}), "output_hidden_states": True}
+    expected = model(**call).hidden_states
+    got = compact(model, x, measure=False).model(**call).hidden_states
+    assert len(got) == len(expected) > 1
+    for state, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(state, wanted)
 
 
 @pytest.mark.parametrize("name", ["resnet-bottleneck", "mobilenet-v2", "bert"])

@@ -3,13 +3,13 @@ shapes."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .copying import deep_copy
 from .tracing import OUT_OF_MEMORY, evaluating
 
 # Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
@@ -79,9 +79,9 @@ class Check:
         """What is left without rounding: both models and the inputs in float64."""
         calls = [pytree.tree_map(_to_double, call) for call in self.calls]
         if self._double is None:
-            source = copy.deepcopy(self.source).double()
+            source = deep_copy(self.source).double()
             self._double = source, [self._run(source, c) for c in calls]
-        compact = copy.deepcopy(candidate).double()
+        compact = deep_copy(candidate).double()
         return max(_difference(r, self._run(compact, c)) for c, r in zip(calls, self._double[1], strict=True))
 
 

@@ -7,7 +7,6 @@ may have made more possible (composing) -> report.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -22,6 +21,7 @@ from .analysis import Analysis
 from .branches import dead_branches
 from .checking import Check, Mismatch
 from .composing import compose, may_continue, removed_by
+from .copying import copy_without_hooks, deep_copy, hooks_of
 from .distributed import check_same_on_all_ranks
 from .liveness import Options, Solver
 from .plan import CompactionPlan, check_plain_module, source_shapes
@@ -112,7 +112,7 @@ def compact(
     source = model
     result = found.candidate
     if inplace:
-        source = copy.deepcopy(model) if measure else model
+        source = deep_copy(model) if measure else model
         found.plan.apply(model, optimizer)
         result = model
     elif optimizer is not None:
@@ -195,16 +195,16 @@ class _Search:
         return _Found(candidate, plan, error, solver, removed, self.notes)
 
     def _cut(self, plan: CompactionPlan) -> nn.Module:
-        candidate = _copy_without_hooks(self.model)
+        candidate = copy_without_hooks(self.model)
         plan.apply(candidate)
         return candidate
 
     def _replace_branches(self) -> tuple[Mapping[str, str], Analysis]:
         """The dead branches that can be replaced, confirmed by a run, and the analysis of the model without
         them."""
-        base = _copy_without_hooks(self.model)
+        base = copy_without_hooks(self.model)
         try:
-            if any(_hooks_of(m) for m in self.model.modules()):
+            if any(hooks_of(m) for m in self.model.modules()):
                 self.check.require_equal(base)
         except Mismatch as error:
             raise ValueError(
@@ -287,33 +287,3 @@ def _cannot_leave(solver: Solver, family: int, mismatch: Mismatch) -> str:
         f"{n}[{d}]" for (n, d), channels in solver.axes.items() if int(solver.family[channels[0]]) == family
     ]
     return f"{', '.join(axes[:4])} stay: without their dead channels the forward code fails: {mismatch}"
-
-
-_WATCHING = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _hooks_of(module: nn.Module) -> list[Any]:
-    return [hook for name in (*_WATCHING, "_forward_pre_hooks") for hook in getattr(module, name).values()]
-
-
-def _copy_without_hooks(model: nn.Module) -> nn.Module:
-    """A deep copy. Hooks that watch (features, timing) stay with the source; those of torch itself, which
-    compute weights from other parameters, come along."""
-    result = copy.deepcopy(model)
-    for (_, old), (_, new) in zip(model.named_modules(), result.named_modules(), strict=True):
-        for name in _WATCHING:
-            getattr(new, name).clear()
-        for key, hook in list(new._forward_pre_hooks.items()):
-            if not type(hook).__module__.startswith("torch.nn.utils"):
-                del new._forward_pre_hooks[key]
-        for tensor_name, tensor in old._parameters.items():
-            copied = new._parameters[tensor_name]
-            if tensor is not None and tensor.grad is not None and copied is not None and copied.grad is None:
-                copied.grad = tensor.grad.detach().clone()
-    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .copying import deep_copy
 from .liveness import Solver
 from .states import on_cpu
 from .tracing import evaluating
@@ -169,7 +169,7 @@ def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    trial = copy.deepcopy(model)  # a forward may keep tensors, and fake ones must not stay in the model
+    trial = deep_copy(model)  # a forward may keep tensors, and fake ones must not stay in the model
     with evaluating(model, trial):
         try:
             with (

@@ -3,7 +3,6 @@ out."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -11,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from .copying import deep_copy
 from .counting import check_threshold
 from .filters import Layer
 from .scale import SmallFilters, effective_scales, find_layers, small_filters, without_repeats
@@ -164,7 +164,7 @@ def _point(model: nn.Module, threshold: float, example_inputs: Any) -> CurvePoin
     from .tracing import as_call
 
     args, kwargs = as_call(example_inputs)
-    smaller = copy.deepcopy(model)
+    smaller = deep_copy(model)
     _zero(smaller, threshold, example_inputs)
     report = compact(smaller, example_inputs, measure=False).report
     return CurvePoint(
