@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -118,15 +118,21 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks such as residual blocks and transformer layers, outermost first.
 
     A class is a block class if some parent has two or more children of it that have children of their own
-    and parameters, and it is no mere container (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``).
-    All modules of a block class are chosen, wherever they are, except inside another block: the attention
-    modules of a transformer layer are not blocks.
+    and parameters, and it is no mere container (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``) and
+    no stage. All modules of a block class are chosen, wherever they are, except inside another block: the
+    attention modules of a transformer layer are not blocks.
+
+    A stage is a module that holds blocks in containers and whose class is called so (``ResNetStage``, as in
+    transformers and timm). Stages repeat too, but no two have features of one shape, and what they hold counts
+    as if it were in one container: some hold a single block.
     """
     classes: set[type] = set()
 
     def find(module: nn.Module) -> None:
         children = [child for child in module.children() if not isinstance(child, _CONTAINERS)]
-        counts = Counter(type(child) for child in children if _has_inside(child))
+        blocks = [child for child in children if not _is_stage(child)]
+        blocks += [block for child in children if _is_stage(child) for block in _in_containers(child)]
+        counts = Counter(type(block) for block in blocks if _has_inside(block))
         classes.update(cls for cls, count in counts.items() if count > 1)
         for child in module.children():
             if type(child) not in classes:
@@ -139,6 +145,20 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if name and type(module) in classes and not inside_a_block:
             chosen[name] = module
     return chosen
+
+
+def _is_stage(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Stage") and any(
+        _has_inside(block) for block in _in_containers(module)
+    )
+
+
+def _in_containers(module: nn.Module) -> Iterator[nn.Module]:
+    """What the containers of a module hold, however deep they are nested."""
+    for child in module.children():
+        if isinstance(child, _CONTAINERS):
+            yield from (inner for inner in child.children() if not isinstance(inner, _CONTAINERS))
+            yield from _in_containers(child)
 
 
 def _has_inside(module: nn.Module) -> bool:

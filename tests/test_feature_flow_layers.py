@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from flow_models import Residual, ResidualNet
 from torch import nn
 
@@ -24,6 +25,22 @@ class TwoStages(nn.Module):
         super().__init__()
         self.first = Stage(2)
         self.second = nn.Sequential(Residual(4))
+
+
+class ResidualStage(nn.Module):
+    """Called as in transformers and timm. Its shortcut holds no block, nor does its norm."""
+
+    def __init__(self, depth: int, first: int = 1) -> None:
+        super().__init__()
+        self.shortcut = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        layers = [Residual(4) for _ in range(depth)]
+        self.layers = nn.Sequential(nn.Sequential(*layers[:first]), *layers[first:])
+
+
+class EmptyStage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
 
 
 def plain_cnn() -> nn.Module:
@@ -56,6 +73,14 @@ def plain_cnn() -> nn.Module:
             ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"],
             id="transformer layers, not the two attentions inside a decoder layer",
         ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(ResidualStage(1), ResidualStage(3))),
+            ["1.0.layers.0.0", "1.1.layers.0.0", "1.1.layers.1", "1.1.layers.2"],
+            id="the blocks inside of stages that repeat, also where a stage has a single one",
+        ),
+        pytest.param(
+            nn.Sequential(EmptyStage(), EmptyStage()), ["0", "1"], id="a stage without containers is a block"
+        ),
         pytest.param(plain_cnn(), ["2", "5"], id="no blocks: activations, softmax is none"),
         pytest.param(
             nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh()),
@@ -66,6 +91,28 @@ def plain_cnn() -> nn.Module:
 )
 def test_auto(model: nn.Module, names: list[str]) -> None:
     assert FeatureFlow(model).layers == names
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "blocks"),
+    [
+        ("resnet", "resnet.encoder.stages.", ["0.layers.0", "0.layers.1", "1.layers.0", "1.layers.1"]),
+        ("convnext", "convnext.encoder.stages.", ["0.layers.0", "1.layers.0", "1.layers.1"]),
+        ("swin", "swin.encoder.layers.", ["0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1"]),
+    ],
+)
+def test_auto_takes_the_blocks_of_the_stages_of_transformers(
+    name: str, inside: str, blocks: list[str]
+) -> None:
+    pytest.importorskip("transformers")
+    from pruning_zoo import convnext, resnet, swin
+
+    model = {"resnet": lambda: resnet("basic"), "convnext": convnext, "swin": swin}[name]()
+    flow = FeatureFlow(model.train())
+    assert flow.layers == [inside + block for block in blocks]
+    with flow:
+        model(torch.randn(2, 3, 32, 32))
+        assert flow.loss() > 0
 
 
 @pytest.mark.parametrize(
