@@ -94,3 +94,11 @@ def attributes_match_weights(model: nn.Module) -> None:
             assert module.weight.shape == (module.out_features, module.in_features)
         elif isinstance(module, nn.BatchNorm2d):
             assert module.running_mean.shape == module.weight.shape == (module.num_features,)
+
+
+def constant_behind_padding() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[0].bias[:3] = 0.5
+    return model.eval()

@@ -326,35 +326,6 @@ def test_an_identity_that_the_forward_code_looks_into_stays() -> None:
     assert any("cannot be replaced" in note for note in result.report.notes)
 
 
-def constant_behind_padding() -> nn.Sequential:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
-    with torch.no_grad():
-        model[0].weight[:3] = 0
-        model[0].bias[:3] = 0.5
-    return model.eval()
-
-
-def test_strict_keeps_what_is_not_exact_and_says_so() -> None:
-    model = constant_behind_padding()
-    result = compact(model, torch.randn(X), measure=False)
-    assert result.model[0].out_channels == 8
-    assert result.report.max_error < 1e-6
-    assert "zero-padded border" in result.report.explain()
-    assert "conv2d in 2" in result.report.explain()
-
-
-def test_not_strict_folds_the_interior_and_reports_the_error() -> None:
-    model = constant_behind_padding()
-    result = compact(model, torch.randn(X), strict=False, measure=False)
-    assert result.model[0].out_channels == 5
-    x = torch.randn(X)
-    with torch.no_grad():
-        change = (model(x) - result.model(x)).abs()
-    assert change[..., 1:-1, 1:-1].max() < 1e-6
-    assert result.report.max_error > 1e-3
-    assert result.report.max_error == pytest.approx(float(change.max()), rel=1e-3)
-
-
 class Branches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_pruning_compact import Residual, X, constant_behind_padding, dead, difference, fingerprint
+from pruning_nets import constant_behind_padding
+from test_pruning_compact import Residual, X, dead, difference, fingerprint
 from torch import nn
 
 from ffr_ext import CompactionPlan, compact

@@ -182,14 +182,13 @@ class _Search:
         replaced, analysis = self._replace_branches()
         solver = Solver(analysis, self.options)
         forbidden = torch.zeros(len(solver.sets), dtype=torch.bool, device="cpu")
-        removed, plan, candidate, error = self._largest(solver, replaced, forbidden)
+        removed, plan, candidate, error = self._largest(solver, replaced, forbidden, self.check.require_equal)
         if not strict:
-            # What the forward code forbids is found with exact removals, where a difference means a mistake.
-            solver = Solver(Analysis(analysis.graph, strict=False), self.options)
-            removed = solver.solve(forbidden)
-            plan = make_plan(solver, removed, self.source, replaced)
-            candidate = self._cut(plan)
-            error = self.check.error(candidate)
+            # What the forward code forbids is found with exact removals, where a difference means a mistake; here
+            # only a forward that fails does.
+            exact, solver = solver, Solver(Analysis(analysis.graph, strict=False), self.options)
+            forbidden = solver.translate(forbidden, exact)
+            removed, plan, candidate, error = self._largest(solver, replaced, forbidden, self.check.error)
         for channel in (forbidden & ~solver.sets.pinned).nonzero().flatten().tolist():
             solver.reasons.setdefault(channel, "the forward code depends on its size")
         return _Found(candidate, plan, error, solver, removed, self.notes)
@@ -233,21 +232,25 @@ class _Search:
         return True
 
     def _largest(
-        self, solver: Solver, replaced: Mapping[str, str], forbidden: Tensor
+        self,
+        solver: Solver,
+        replaced: Mapping[str, str],
+        forbidden: Tensor,
+        confirm: Callable[[nn.Module], float],
     ) -> tuple[Tensor, CompactionPlan, nn.Module, float]:
-        """The removal of as many families of channels as the check confirms; the others go into
-        `forbidden`."""
-        families = solver.family[solver.solve()].unique().tolist()
+        """The removal of as many families of channels, none of them `forbidden`, as `confirm` gives an error for
+        instead of Mismatch; the others go into `forbidden`."""
+        families = solver.family[solver.solve(forbidden)].unique().tolist()
         confirmed: list[tuple[Tensor, CompactionPlan, nn.Module, float]] = []
 
         def holds(known: list[int], more: list[int]) -> bool:
             chosen = {*known, *more}
             others = torch.tensor([f for f in families if f not in chosen], dtype=torch.int64, device="cpu")
-            removed = solver.solve(torch.isin(solver.family, others))
+            removed = solver.solve(forbidden | torch.isin(solver.family, others))
             plan = make_plan(solver, removed, self.source, replaced)
             candidate = self._cut(plan)
             try:
-                error = self.check.require_equal(candidate)
+                error = confirm(candidate)
             except Mismatch as mismatch:
                 if len(more) == 1:
                     self.notes.append(_cannot_leave(solver, more[0], mismatch))

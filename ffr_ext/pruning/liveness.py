@@ -64,6 +64,16 @@ class Solver:
                 return family
 
     @on_cpu
+    def translate(self, channels: Tensor, other: Solver) -> Tensor:
+        """The channels of parameters that are `channels` of another solver, whose analysis may number them
+        differently."""
+        mine = torch.zeros(len(self.sets), dtype=torch.bool)
+        for axis, numbers in self.axes.items():
+            if axis in other.axes:
+                mine[numbers[channels[other.axes[axis]]]] = True
+        return mine
+
+    @on_cpu
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
         """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
         self.reasons = {}
