@@ -235,13 +235,20 @@ class FeatureFlow:
         total: Tensor | None = None
         terms: list[Callable[[], FlowTerms]] = []
         for path in paths if len(paths) == 1 else self._with_terms(paths):
-            loss, terms_of_path = penalty(
-                path.features,
-                gradient=self.gradient,
-                curvature=self.curvature,
-                **self.options,
-                make_stats=_just_in_time(path),
-            )
+            try:
+                loss, terms_of_path = penalty(
+                    path.features,
+                    gradient=self.gradient,
+                    curvature=self.curvature,
+                    **self.options,
+                    make_stats=_just_in_time(path),
+                )
+            except (TypeError, ValueError) as error:
+                if not str(error).startswith("features"):
+                    raise
+                raise type(error)(
+                    f"{error}\nFeatureFlow captured {path.outputs()}; layers= chooses others"
+                ) from error
             terms.append(terms_of_path)
             total = loss if total is None else total + loss.to(total.device)
         self._last_terms = terms[0] if len(terms) == 1 else partial(_one_after_another, terms)

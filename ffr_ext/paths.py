@@ -57,6 +57,11 @@ class Path:
         self.versions.append(feature._version)
         return feature
 
+    def outputs(self) -> str:
+        """The features with their layers, for a message."""
+        listed = [f"{name} {tuple(f.shape)}" for name, f in zip(self.names, self.features, strict=True)]
+        return ", ".join(listed[:12]) + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
+
     def check(self) -> None:
         """Raise if a layer ran without autograd, or its feature was overwritten since."""
         if self.without_autograd:

@@ -325,11 +325,16 @@ def test_bad_options_are_refused_before_any_training(
         FeatureFlow(ResidualNet(), **options)
 
 
-def test_features_without_any_term_are_an_error() -> None:
+def test_features_without_any_term_are_an_error_that_names_their_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU())
     with make_flow(model) as flow:
         model(torch.randn(3, 4))
-        with pytest.raises(ValueError, match="same shape"):
+        with pytest.raises(ValueError, match=r"same shape[\s\S]*captured 1 \(3, 5\), 3 \(3, 6\); layers="):
+            flow.loss()
+    many = nn.Sequential(*[layer for n in range(20) for layer in (nn.Linear(n + 1, n + 2), nn.ReLU())])
+    with make_flow(many) as flow:
+        many(torch.randn(3, 1))
+        with pytest.raises(ValueError, match=r"captured 1 \(3, 2\), .*23 \(3, 13\) and 8 more; layers="):
             flow.loss()
 
 
