@@ -123,7 +123,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     attention modules of a transformer layer are not blocks.
 
     A stage is a module that holds blocks in containers and whose class is called so (``ResNetStage``, as in
-    transformers and timm). Stages repeat too, but no two have features of one shape, and what they hold counts
+    transformers and timm). Stages repeat too, but their features rarely have one shape, and what they hold counts
     as if it were in one container: some hold a single block.
     """
     classes: set[type] = set()

@@ -300,15 +300,15 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     bytes += wanted * shape.numel * element_size(job.stage.dtype);
   }
   const bool large = bytes >= kStreamBytes;
-  // Gradients from signs have the cache nearly to themselves, so that more of them stay to be read.
+  // The limits are measured: docs/performance.md, attempts 10 and 11 of "CPU kernels".
   const bool stream = bytes >= (squared ? kStreamBytes : 2 * kStreamBytes);
   const std::vector<uint8_t> new_memory = large ? find_new_memory(jobs) : std::vector<uint8_t>();
   const uint8_t* next = new_memory.data();
-  for (Job& job : jobs) {
-    if (!large) break;
-    job.new_memory = next;
-    next += job.stage.shape.length;
-  }
+  if (large)
+    for (Job& job : jobs) {
+      job.new_memory = next;
+      next += job.stage.shape.length;
+    }
   const BackwardOptions options{squared, stream ? Write::kStream : Write::kStore, true};
   const RowKernels& rows = row_kernels();
   for_each_chunk(jobs, parallel_for, [&](const Job& job, int64_t group, int64_t chunk) {

@@ -59,7 +59,6 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def _is_part_of_the_model(hook: Any) -> bool:
-    where = (
-        hook.__module__ if hasattr(hook, "__qualname__") else type(hook).__module__
-    )  # a function, or an object
+    owner = hook if hasattr(hook, "__qualname__") else type(hook)  # a function, or an object
+    where = owner.__module__
     return isinstance(where, str) and where.startswith(_PART_OF_THE_MODEL)
