@@ -1,7 +1,7 @@
 """START HERE: `ffr_loss` and `flow_terms`, the feature-flow penalty of a list of features.
 
 From a call to a kernel: the features are checked (`checks`), split into stages (`stages`), summed by one fused call
-(`autograd.FlowStats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
+(`autograd.flow_stats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference, weighted
-from .autograd import FlowSpec, FlowStats, apply
+from .autograd import FlowSpec, FlowStats, flow_stats
 from .checks import runs_eagerly
 from .stages import Plan, Stage, make_plan, stage_features
 from .term_weights import entry_weights, weigh
@@ -257,12 +257,10 @@ def _stats(
         features = [f.view_as(f) for f in features]
     spec, walked = _walk(features, stages, squared, per_sample, backend)
     if torch.compiler.is_compiling() and not any(f.requires_grad and torch.is_grad_enabled() for f in walked):
-        stats, _signs = FlowStats.forward(
-            spec, *walked
-        )  # Dynamo cannot trace a node that nobody differentiates
-    else:
-        stats, _signs = apply(FlowStats, spec, *walked)
-    return stats
+        # Dynamo cannot trace a node that nobody differentiates.
+        stats, _signs = FlowStats.forward(spec, *walked)
+        return stats
+    return flow_stats(spec, walked)
 
 
 def _rows(

@@ -188,8 +188,9 @@ def align(features: Sequence[Tensor], per_sample: bool) -> list[Tensor]:
     """Features of one shape in one storage order: the very same tensors if they share one already, else
     contiguous copies.
     """
-    if all(f.is_contiguous() for f in features) or walk_as_they_lie(
-        [Layout.of(f) for f in features], per_sample
-    ):
+    # A list, not a generator: where a backward pass reads a tensor's layout, Dynamo starts it again, and torch 2.14 and
+    # 2.15 then take a generator left in the middle for one that still runs.
+    contiguous = all([f.is_contiguous() for f in features])  # noqa: C419
+    if contiguous or walk_as_they_lie([Layout.of(f) for f in features], per_sample):
         return list(features)
     return [f.contiguous() for f in features]

@@ -102,7 +102,10 @@ def test_calls_in_a_pass_by_hand(where: str, fullgraph: bool) -> None:
             flow.end_pass()
             torch.testing.assert_close(flow.loss().detach(), torch.stack(truths[:count]).sum())
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs == graphs[:1] * 4
+    # From torch 2.14 on, an ordinary call of a module that is compiled by itself is traced once more after the first
+    # pass by hand, which puts hooks on it.
+    assert graphs[0] <= graphs[1] <= graphs[0] + (where == "stack")
+    assert graphs[1:] == graphs[1:2] * 3
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
