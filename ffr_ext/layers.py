@@ -117,21 +117,32 @@ def _hint(name: str, by_name: dict[str, nn.Module]) -> str:
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks such as residual blocks and transformer layers, outermost first.
 
-    A class is a block class if some parent has two or more children of it that have children of their own
-    and parameters, and it is no mere container (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``) and
-    no stage. All modules of a block class are chosen, wherever they are, except inside another block: the
+    A class is a block class if some parent has two or more children of it that have children of their own and weights
+    of two or more dimensions, and it is no mere container (``nn.Sequential``, ``nn.ModuleList``, ``nn.ModuleDict``),
+    no stage, and no part. All modules of a block class are chosen, wherever they are, except inside another block: the
     attention modules of a transformer layer are not blocks.
 
-    A stage is a module that holds blocks in containers and whose class is called so (``ResNetStage``, as in
-    transformers and timm). Stages repeat too, but their features rarely have one shape, and what they hold counts
-    as if it were in one container: some hold a single block.
+    A stage is a module whose class is called so (``ResNetStage``, as in transformers and timm), or one that repeats and
+    in one of whose siblings containers hold two or more blocks of one class. Stages repeat too, but their features
+    rarely have one shape, and what they hold counts as if it were in one container: some hold a single block.
+
+    A part is a class that other blocks are made of, with a single weight that mixes channels, such as a convolution
+    with its norm and activation. Stems and transitions are made of it too.
     """
+    hold_runs = {type(module) for module in model.modules() if _holds_a_run(module)}
     classes: set[type] = set()
 
+    def without_stages(modules: list[nn.Module], may_be_stages: bool = True) -> Iterator[nn.Module]:
+        siblings = Counter(type(module) for module in modules)
+        for module in modules:
+            repeated = may_be_stages and siblings[type(module)] > 1
+            if _is_called_stage(module) or (repeated and type(module) in hold_runs):
+                yield from without_stages(_held(module), may_be_stages=False)
+            elif not isinstance(module, _CONTAINERS):
+                yield module
+
     def find(module: nn.Module) -> None:
-        children = [child for child in module.children() if not isinstance(child, _CONTAINERS)]
-        blocks = [child for child in children if not _is_stage(child)]
-        blocks += [block for child in children if _is_stage(child) for block in _in_containers(child)]
+        blocks = without_stages(list(module.children()))
         counts = Counter(type(block) for block in blocks if _has_inside(block))
         classes.update(cls for cls, count in counts.items() if count > 1)
         for child in module.children():
@@ -139,6 +150,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 find(child)
 
     find(model)
+    classes -= _parts(model, classes)
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside_a_block = any(name.startswith(f"{outer}.") for outer in chosen)
@@ -147,10 +159,37 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return chosen
 
 
-def _is_stage(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Stage") and any(
-        _has_inside(block) for block in _in_containers(module)
-    )
+def _holds_a_run(module: nn.Module) -> bool:
+    held = Counter(type(inner) for inner in _in_containers(module) if _mixes_twice(inner))
+    return not isinstance(module, _CONTAINERS) and max(held.values(), default=0) > 1
+
+
+def _mixes_twice(module: nn.Module) -> bool:
+    """Whether it has two weights that mix channels; one, with a norm or a depthwise convolution, is a part of
+    blocks as often as a block."""
+    mixing = [p for p in module.parameters() if p.dim() == 2 or (p.dim() > 2 and p.shape[1] > 1)]
+    return _has_inside(module) and len(mixing) > 1
+
+
+def _is_called_stage(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Stage") and bool(_held(module))
+
+
+def _held(stage: nn.Module) -> list[nn.Module]:
+    """The modules with children in the containers of a stage, or among its own children if it has none there."""
+    own = (child for child in stage.children() if not isinstance(child, _CONTAINERS))
+    inside, direct = ([m for m in modules if _has_inside(m)] for modules in (_in_containers(stage), own))
+    return inside or direct
+
+
+def _parts(model: nn.Module, classes: set[type]) -> set[type]:
+    return {
+        type(inner)
+        for block in model.modules()
+        if type(block) in classes
+        for inner in block.modules()
+        if type(inner) in classes and type(inner) is not type(block) and not _mixes_twice(inner)
+    }
 
 
 def _in_containers(module: nn.Module) -> Iterator[nn.Module]:
@@ -162,7 +201,7 @@ def _in_containers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _has_inside(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+    return any(True for _ in module.children()) and any(p.dim() > 1 for p in module.parameters())
 
 
 def activations(model: nn.Module) -> dict[str, nn.Module]:

@@ -43,6 +43,68 @@ class EmptyStage(nn.Module):
         self.conv = nn.Conv2d(4, 4, 1)
 
 
+class NumberedStage(nn.Module):
+    """Blocks as children of its own, without a container, as in timm's RegNet."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        for number in range(1, depth + 1):
+            self.add_module(f"b{number}", Residual(4))
+
+
+class Unit(nn.Module):
+    """Convolution, norm and activation: a block by itself, and a part of larger ones."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 3, padding=1, groups=groups), nn.Sequential(nn.ReLU())
+
+
+class Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = Unit(), Unit()
+
+
+class Separable(nn.Module):
+    """A depthwise convolution mixes no channels: this is a part, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.pointwise = Unit(groups=4), nn.Conv2d(4, 4, 1)
+
+
+class OfRuns(nn.Module):
+    """A block whose body is a run of parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Separable(), Separable(), Separable())
+
+
+class Level(nn.Module):
+    """A stage by what it holds, not by its name."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.pool = nn.Identity()
+        self.blocks = nn.Sequential(*(Bottleneck() for _ in range(depth)))
+
+
+class Levels(nn.Module):
+    def __init__(self, *depths: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(Level(depth) for depth in depths)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with children."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.act = nn.ReLU()
+
+
 def plain_cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -80,6 +142,35 @@ def plain_cnn() -> nn.Module:
         ),
         pytest.param(
             nn.Sequential(EmptyStage(), EmptyStage()), ["0", "1"], id="a stage without containers is a block"
+        ),
+        pytest.param(
+            nn.Sequential(NumberedStage(1), NumberedStage(2)),
+            ["0.b1", "1.b1", "1.b2"],
+            id="numbered blocks of stages",
+        ),
+        pytest.param(
+            Levels(1, 2),
+            ["levels.0.blocks.0", "levels.1.blocks.0", "levels.1.blocks.1"],
+            id="the blocks inside of what repeats and holds runs of them",
+        ),
+        pytest.param(
+            nn.Sequential(Levels(2), nn.Flatten()),
+            ["0.levels.0.blocks.0", "0.levels.0.blocks.1"],
+            id="one such stage",
+        ),
+        pytest.param(
+            nn.Sequential(Unit(), Bottleneck(), Unit(), Bottleneck(), Unit()),
+            ["1", "3"],
+            id="not the stem, whose class the blocks are made of",
+        ),
+        pytest.param(nn.Sequential(Unit(), Unit()), ["0", "1"], id="the same where there is nothing larger"),
+        pytest.param(
+            nn.Sequential(OfRuns(), OfRuns()), ["0", "1"], id="a block with a run of parts is no stage"
+        ),
+        pytest.param(
+            nn.Sequential(NormAct(), nn.Conv2d(4, 4, 1), NormAct()),
+            ["0.act", "2.act"],
+            id="norms are no blocks",
         ),
         pytest.param(plain_cnn(), ["2", "5"], id="no blocks: activations, softmax is none"),
         pytest.param(
