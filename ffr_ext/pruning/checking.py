@@ -1,5 +1,5 @@
 """Does the compact model compute the same? Both are run on the example and on random inputs of the same
-shapes."""
+shapes, in eval mode; where training mode uses more of the model, that has to run as well."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .copying import deep_copy
 from .tracing import OUT_OF_MEMORY, evaluating
+from .training import failure_in_training_mode
 
 # Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
 # in another order differ by a few units of the last place per layer; half precision is checked in float64,
@@ -45,14 +46,24 @@ class Check:
         dtypes = {p.dtype for p in source.parameters() if p.is_floating_point()} or {torch.float32}
         self.dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0))
         self._double: tuple[nn.Module, list[list[Tensor]]] | None = None
+        self._in_training_too = False
+
+    def require_training_mode(self) -> str | None:
+        """From now on candidates have to run in training mode too. If the source does not, its error instead."""
+        failure = failure_in_training_mode(self.source, *self.calls[0])
+        self._in_training_too = failure is None
+        return failure
 
     def error(self, candidate: nn.Module) -> float:
         """Largest difference of the outputs in the models' own dtype. Mismatch where the candidate cannot
         run."""
-        return max(
+        largest = max(
             _difference(reference, self._run(candidate, call))
             for call, reference in zip(self.calls, self.references, strict=True)
         )
+        if self._in_training_too and (failure := failure_in_training_mode(candidate, *self.calls[0])):
+            raise Mismatch(f"in training mode, {failure}")
+        return largest
 
     def require_equal(self, candidate: nn.Module) -> float:
         """`error`, or Mismatch where it is more than rounding."""

@@ -35,6 +35,7 @@ from .report import (
     measure_latency,
 )
 from .tracing import as_call, trace
+from .training import unreached_parameters
 
 # Each round removes something, so they end anyway. Among 200 random graphs none needed more than two.
 MAX_ROUNDS = 8
@@ -65,7 +66,8 @@ def compact(
     The model is traced with ``torch.export`` in eval mode. A channel leaves if it is the constant 0, or a
     constant that all its readers absorb in their biases, or if nobody reads it, together with all channels
     coupled to it (residual additions, depthwise convolutions, groups). Everything else stays, and the report
-    says why. The result is run against ``model`` before it is returned; what does not hold is not removed.
+    says why. The result is run against ``model`` before it is returned; what does not hold is not removed. Where
+    eval mode leaves parameters unread (auxiliary classifiers), it also has to run in training mode.
 
     Args:
         model: Any module that ``torch.export`` can trace. It is not changed, unless ``inplace``.
@@ -212,7 +214,9 @@ class _Search:
                 "remove the hooks that change values first (torch.nn.utils.prune.remove, "
                 "remove_parametrizations)"
             ) from error
-        analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
+        graph = trace(base, self.args, self.kwargs)
+        self._look_at_training_mode(unreached_parameters(graph, base))
+        analysis = Analysis(graph, strict=True)
         found = dead_branches(analysis)
         holding = _confirmed(list(found), lambda known, more: self._replacement_holds(found, known, more))
         replaced = {path: found[path] for path in holding}
@@ -220,6 +224,16 @@ class _Search:
             base = self._cut(CompactionPlan(self.source, replaced=replaced))
             analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
         return replaced, analysis
+
+    def _look_at_training_mode(self, unreached: list[str]) -> None:
+        """Parameters that eval mode does not read may belong to a part that reads features in training mode."""
+        failure = self.check.require_training_mode() if unreached else None
+        if failure:
+            self.notes.append(
+                f"{', '.join(unreached[:4])}{', ...' if len(unreached) > 4 else ''} take no part in eval mode; whether "
+                "the compact model runs in training mode could not be tried, because the source does not on the "
+                f"example: {failure}"
+            )
 
     def _replacement_holds(self, found: Mapping[str, str], known: list[str], more: list[str]) -> bool:
         try:
