@@ -388,23 +388,3 @@ def test_a_masked_model_says_what_to_do_or_is_compacted() -> None:
     result = compact(model, torch.randn(X), measure=False)
     assert result.model.blocks[0].conv1.out_channels == 5
     assert difference(model, result.model) < 1e-6
-
-
-def test_the_report_is_data_and_text() -> None:
-    report = compact(dead(), torch.randn(X)).report
-    text = str(report)
-    assert "parameters" in text
-    assert f"{report.parameters[1]:,}" in text
-    assert "of the parameters are gone" in text
-    sets = {s.tensors[0]: s for s in report.sets}
-    assert sets["blocks.0.conv1.weight[0]"].removed == 5
-    assert sum(sets["blocks.0.conv1.weight[0]"].reasons.values()) == 7
-    assert report.channels == (8 + 12 + 12 + 4, 8 + 7 + 7 + 4)
-
-
-def test_no_gain_is_said_plainly() -> None:
-    report = compact(dead(), torch.randn(X), measure=False).report
-    report.latency = (1.0e-3, 0.99e-3)
-    assert "there is no speed-up" in report.verdict()
-    report.latency = (1.0e-3, 0.5e-3)
-    assert "0.5 ms against 1 ms" in report.verdict()

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .copying import copy_without_hooks
 from .filters import BatchNorm, filter_dim
 from .tracing import as_call, module_path, op_name, trace
 
@@ -31,7 +32,8 @@ def pair_by_graph(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     def canonical(path: str) -> str:
         return first[id(model.get_submodule(path))]
 
-    for node in trace(model, args, kwargs).nodes:
+    # A copy: what a forward keeps would stay in the model as a tensor without data.
+    for node in trace(copy_without_hooks(model), args, kwargs).nodes:
         if node.op != "call_function" or op_name(node) != "batch_norm":
             continue
         source = node.args[0]

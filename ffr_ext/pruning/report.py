@@ -90,7 +90,9 @@ class CompactionReport:
     def verdict(self) -> str:
         """One plain sentence on what was gained."""
         if self.parameters[0] == self.parameters[1]:
-            return "Nothing could be removed: the model is as large and as fast as before."
+            return (
+                "Nothing could be removed, the model is as large and as fast as before: explain() says why."
+            )
         smaller = 1 - self.parameters[1] / self.parameters[0]
         text = f"{smaller:.1%} of the parameters are gone"
         if self.latency is None:
@@ -169,17 +171,21 @@ def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    trial = deep_copy(model)  # a forward may keep tensors, and fake ones must not stay in the model
-    with evaluating(model, trial):
-        try:
-            with (
-                FakeTensorMode(allow_non_fake_inputs=True) as fake,
-                FlopCounterMode(display=False) as counter,
-            ):
-                trial(*_to_fake(args, fake), **_to_fake(kwargs, fake))
-        except Exception:  # a forward that looks at values
-            with FlopCounterMode(display=False) as counter:
-                model(*args, **kwargs)
+    # Copies: a forward may keep tensors, and fake ones must not stay in the model. Without gradients: FlopCounterMode
+    # fails where a module is called with a tensor that wants one, such as a class token.
+    trial = deep_copy(model).requires_grad_(False)
+    args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+    try:
+        with (
+            evaluating(trial),
+            FakeTensorMode(allow_non_fake_inputs=True) as fake,
+            FlopCounterMode(display=False) as counter,
+        ):
+            trial(*_to_fake(args, fake), **_to_fake(kwargs, fake))
+    except Exception:  # a forward that looks at values
+        trial = deep_copy(model).requires_grad_(False)
+        with evaluating(trial), FlopCounterMode(display=False) as counter:
+            trial(*args, **kwargs)
     return counter
 
 
