@@ -128,6 +128,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     A part is a class that other blocks are made of, with a single weight that mixes channels, such as a convolution
     with its norm and activation. Stems and transitions are made of it too.
+
+    Auxiliary classifiers (``aux1`` and ``aux2`` of GoogLeNet) repeat, and no path leads from one to the next.
     """
     hold_runs = {type(module) for module in model.modules() if _holds_a_run(module)}
     classes: set[type] = set()
@@ -142,7 +144,7 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 yield module
 
     def find(module: nn.Module) -> None:
-        blocks = without_stages(list(module.children()))
+        blocks = without_stages([child for name, child in module.named_children() if not _is_auxiliary(name)])
         counts = Counter(type(block) for block in blocks if _has_inside(block))
         classes.update(cls for cls, count in counts.items() if count > 1)
         for child in module.children():
@@ -153,10 +155,14 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     classes -= _parts(model, classes)
     chosen: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside_a_block = any(name.startswith(f"{outer}.") for outer in chosen)
-        if name and type(module) in classes and not inside_a_block:
+        elsewhere = any(name.startswith(f"{outer}.") for outer in chosen) or _is_auxiliary(name)
+        if name and type(module) in classes and not elsewhere:
             chosen[name] = module
     return chosen
+
+
+def _is_auxiliary(path: str) -> bool:
+    return any(name.lower().startswith("aux") for name in path.split("."))
 
 
 def _holds_a_run(module: nn.Module) -> bool:

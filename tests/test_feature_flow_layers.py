@@ -97,6 +97,12 @@ class Levels(nn.Module):
         self.levels = nn.ModuleList(Level(depth) for depth in depths)
 
 
+class WithAuxiliaries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.AuxLogits, self.aux2 = Unit(), Unit(), Bottleneck(), Bottleneck()
+
+
 class NormAct(nn.BatchNorm2d):
     """A norm with children."""
 
@@ -167,6 +173,7 @@ def plain_cnn() -> nn.Module:
         pytest.param(
             nn.Sequential(OfRuns(), OfRuns()), ["0", "1"], id="a block with a run of parts is no stage"
         ),
+        pytest.param(WithAuxiliaries(), ["first", "second"], id="auxiliary classifiers are no blocks"),
         pytest.param(
             nn.Sequential(NormAct(), nn.Conv2d(4, 4, 1), NormAct()),
             ["0.act", "2.act"],
