@@ -197,7 +197,7 @@ def _flow_gradients(
             [len(lay.shape) for lay in described],
             [size for lay in described for size in lay.shape],
             [stride for lay in described for stride in lay.strides],
-            [lay.dtype for lay in described],
+            [traced.DTYPES.index(lay.dtype) for lay in described],
             spec.backend,
         )
     else:

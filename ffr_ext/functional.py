@@ -206,7 +206,7 @@ def _prepare(features: list[Tensor], transition: str, cacheable: bool) -> tuple[
 
 def _cacheable(features: list[Tensor]) -> bool:
     """Whether sizes are plain numbers and tensors made now may be kept."""
-    return bool(features) and type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
+    return len(features) > 0 and type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
 
 
 def _loss_dtype(features: list[Tensor]) -> torch.dtype:

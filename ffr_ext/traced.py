@@ -16,12 +16,15 @@ from torch import Tensor
 
 from . import ops
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 SCHEMAS = {
     "flow_stats": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, bool save_signs, str backend) "
     "-> (Tensor stats, Tensor signs)",
-    # A wanted gradient is described by its rank, its sizes and strides (all of them, one after another) and its dtype.
+    # A wanted gradient is described by its rank, its sizes and strides (all of them, one after another) and its dtype,
+    # an index into DTYPES: torch 2.11 makes other numbers of ScalarType[].
     "flow_gradients": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] groups, "
-    "bool squared, bool[] wanted, int[] ranks, SymInt[] sizes, SymInt[] strides, ScalarType[] dtypes, str backend) "
+    "bool squared, bool[] wanted, int[] ranks, SymInt[] sizes, SymInt[] strides, int[] dtypes, str backend) "
     "-> Tensor[]",
 }
 
@@ -60,12 +63,12 @@ def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _empty_gradients(
-    device: torch.device, ranks: list[int], sizes: list[int], strides: list[int], dtypes: list[torch.dtype]
+    device: torch.device, ranks: list[int], sizes: list[int], strides: list[int], dtypes: list[int]
 ) -> list[Tensor]:
     grads, first = [], 0
     for rank, dtype in zip(ranks, dtypes, strict=True):
         axes = slice(first, first + rank)
-        grads.append(torch.empty_strided(sizes[axes], strides[axes], dtype=dtype, device=device))
+        grads.append(torch.empty_strided(sizes[axes], strides[axes], dtype=DTYPES[dtype], device=device))
         first += rank
     return grads
 
@@ -82,7 +85,7 @@ def _flow_gradients(
     ranks: list[int],
     sizes: list[int],
     strides: list[int],
-    dtypes: list[torch.dtype],
+    dtypes: list[int],
     backend: str,
 ) -> list[Tensor]:
     grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)

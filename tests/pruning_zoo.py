@@ -203,7 +203,7 @@ def kill(model: nn.Module, fraction: float = 0.5, seed: int = 0) -> nn.Module:
                 continue
             dead = torch.rand(filters.shape[0], generator=generator) < fraction
             filters[dead] = 0
-            if isinstance(following, nn.modules.batchnorm._BatchNorm):
+            if isinstance(following, nn.modules.batchnorm._BatchNorm) and len(following.weight) == len(dead):
                 still = dead & (torch.rand(dead.shape, generator=generator) < 0.5)
                 following.weight[still] = 0
                 following.bias[still & (torch.rand(dead.shape, generator=generator) < 0.5)] = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from .tracing import op_name
+from .tracing import out_of_place_name
 
 if TYPE_CHECKING:
     from .analysis import Analysis
@@ -49,10 +49,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def find_rule(node: Node) -> Rule | None:
     """The rule of the op itself, or of its family; None for random and uninitialised values."""
-    name = op_name(node)
+    name = out_of_place_name(node)
     tags = getattr(node.target, "tags", [])
-    if torch.Tag.inplace in tags:
-        name = name.removesuffix("_")
     if name in _RULES:
         return _RULES[name]
     if torch.Tag.nondeterministic_seeded in tags or name.startswith(("empty", "new_empty")):

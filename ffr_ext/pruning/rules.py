@@ -15,7 +15,7 @@ from . import states
 from .analysis import MAX_FOLDED, Analysis, Flow, meta_shape
 from .registry import FOLD, POINTWISE, rule
 from .states import State
-from .tracing import op_name, where
+from .tracing import op_name, out_of_place_name, where
 
 
 @rule(POINTWISE)
@@ -76,8 +76,8 @@ def _evaluate(node: Node, value_of: Callable[[Node], Tensor]) -> Tensor | None:
     for key in ("device", "layout", "pin_memory", "memory_format"):
         kwargs.pop(key, None)
     target: Any = node.target
-    if torch.Tag.inplace in getattr(target, "tags", []):
-        packet = getattr(torch.ops.aten, op_name(node).removesuffix("_"), None)
+    if (name := out_of_place_name(node)) != op_name(node):
+        packet = getattr(torch.ops.aten, name, None)
         target = getattr(packet, target._overloadname, None)
     if target is None:
         return None

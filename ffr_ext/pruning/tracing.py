@@ -140,6 +140,14 @@ def op_name(node: Node) -> str:
     return name.removeprefix("aten::")
 
 
+def out_of_place_name(node: Node) -> str:
+    """`op_name`, without the underscore of an op in place. (Tags say which those are from torch 2.13 on.)"""
+    name = op_name(node)
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", [])
+    writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+    return name.removesuffix("_") if writes and not name.endswith("__") else name
+
+
 def where(node: Node) -> str:
     """How messages name a node: its op, and the module it is in."""
     path = module_path(node)
