@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,9 +28,12 @@ WITH_PYTHON = [page for page in PAGES if _blocks(page, "python")]
 def test_snippets_run_one_after_another(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page share their names, as a reader who types them in would have it."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": page.stem}
+    module = ModuleType(page.stem)
+    monkeypatch.setitem(
+        sys.modules, page.stem, module
+    )  # Dynamo of torch 2.11 imports the module of what it compiles
     for number, block in enumerate(_blocks(page, "python")):
-        exec(compile(block, f"{page.name}, block {number + 1}", "exec"), names)
+        exec(compile(block, f"{page.name}, block {number + 1}", "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

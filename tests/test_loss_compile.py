@@ -74,6 +74,9 @@ def test_a_loss_that_nobody_differentiates_is_one_graph(norm: str, mode: str, ba
     torch.testing.assert_close(compiled, ffr_loss(features, norm=norm, backend=backend).detach())
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="Dynamo of torch 2.10 refuses an autograd.Function there"
+)
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
 def test_an_argument_of_a_compiled_torch_func_grad_can_be_a_feature_itself(norm: str, backend: str) -> None:
     """Inside such a graph Dynamo tells an autograd.Function that this argument needs no gradient."""

@@ -92,6 +92,14 @@ def test_a_source_that_cannot_run_in_training_mode_on_the_example_is_said() -> N
     assert "Expected more than 1 value per channel" in str(report)
 
 
+def test_synchronised_norms_wait_for_nobody() -> None:
+    """In training mode they talk to the other ranks, which may be trying something else; on the CPU they refuse."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Auxiliary()).eval()
+    result = compact(model, torch.randn(2, 3, 6, 6), measure=False)
+    assert (result.model.first.out_channels, result.model.second.out_channels) == (8, 8)
+    assert not any("could not be tried" in note for note in result.report.notes)
+
+
 def test_a_model_that_training_runs_as_eval_does_is_not_run_in_training_mode() -> None:
     class Fails(nn.Module):
         def __init__(self) -> None:

@@ -27,7 +27,7 @@ def failure_in_training_mode(model: nn.Module, args: tuple[Any, ...], kwargs: di
     trial = deep_copy(model)  # a forward pass in training mode counts batches and keeps statistics
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
     for module in trial.modules():
-        module.training = True
+        module.training = not isinstance(module, nn.SyncBatchNorm)  # which would wait for the other ranks
     gpus = {p.device.index for p in trial.parameters() if p.is_cuda}
     try:
         # Dropout draws from the generators, and leaves them as they were.
