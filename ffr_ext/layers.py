@@ -183,9 +183,8 @@ def _is_called_stage(module: nn.Module) -> bool:
 
 def _held(stage: nn.Module) -> list[nn.Module]:
     """The modules with children in the containers of a stage, or among its own children if it has none there."""
-    own = (child for child in stage.children() if not isinstance(child, _CONTAINERS))
-    inside, direct = ([m for m in modules if _has_inside(m)] for modules in (_in_containers(stage), own))
-    return inside or direct
+    inside = [held for held in _in_containers(stage) if _has_inside(held)]
+    return inside or [m for m in stage.children() if _has_inside(m) and not isinstance(m, _CONTAINERS)]
 
 
 def _parts(model: nn.Module, classes: set[type]) -> set[type]:

@@ -29,9 +29,8 @@ def test_snippets_run_one_after_another(page: Path, tmp_path: Path, monkeypatch:
     """The blocks of a page share their names, as a reader who types them in would have it."""
     monkeypatch.chdir(tmp_path)
     module = ModuleType(page.stem)
-    monkeypatch.setitem(
-        sys.modules, page.stem, module
-    )  # Dynamo of torch 2.11 imports the module of what it compiles
+    # Dynamo of torch 2.12 and older imports the module of what it compiles.
+    monkeypatch.setitem(sys.modules, page.stem, module)
     for number, block in enumerate(_blocks(page, "python")):
         exec(compile(block, f"{page.name}, block {number + 1}", "exec"), vars(module))
 

@@ -98,7 +98,7 @@ class Check:
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     # Inputs are copied: a model may write to them.
-    args, kwargs = pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     with evaluating(model):
         leaves = pytree.tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -174,7 +174,7 @@ def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     # Copies: a forward may keep tensors, and fake ones must not stay in the model. Without gradients: FlopCounterMode
     # fails where a module is called with a tensor that wants one, such as a class token.
     trial = deep_copy(model).requires_grad_(False)
-    args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     try:
         with (
             evaluating(trial),
@@ -190,7 +190,7 @@ def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _to_fake(values: Any, fake: Any) -> Any:
-    return pytree.tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, values)
+    return pytree.tree_map_only(Tensor, fake.from_tensor, values)
 
 
 def measure_latency(

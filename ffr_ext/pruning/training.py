@@ -25,7 +25,7 @@ def unreached_parameters(graph: TracedGraph, model: nn.Module) -> list[str]:
 def failure_in_training_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """What a forward pass in training mode raises, if anything. Of the model nothing changes."""
     trial = deep_copy(model)  # a forward pass in training mode counts batches and keeps statistics
-    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     for module in trial.modules():
         module.training = not isinstance(module, nn.SyncBatchNorm)  # which would wait for the other ranks
     gpus = {p.device.index for p in trial.parameters() if p.is_cuda}
