@@ -22,7 +22,7 @@ SCHEMAS = {
     "flow_stats": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, bool save_signs, str backend) "
     "-> (Tensor stats, Tensor signs)",
     # A wanted gradient is described by its rank, its sizes and strides (all of them, one after another) and its dtype,
-    # an index into DTYPES: what torch 2.11 hands over for ScalarType[] are numbers of its own.
+    # an index into DTYPES: torch 2.11 hands over its own numbers for ScalarType[].
     "flow_gradients": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] groups, "
     "bool squared, bool[] wanted, int[] ranks, SymInt[] sizes, SymInt[] strides, int[] dtypes, str backend) "
     "-> Tensor[]",

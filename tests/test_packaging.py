@@ -115,8 +115,8 @@ def test_only_the_registrations_include_torch() -> None:
 
 
 def test_nothing_that_torch_2_10_lacks_is_used() -> None:
-    """Found by running the suite with older ones, which is not done every day: tags of torch 2.13, and lists of dtypes in
-    a schema, which torch 2.11 hands over as numbers."""
+    """Found by running the suite with older ones, which is not done every day: tags of torch 2.13, and lists of
+    dtypes in a schema, which torch 2.11 hands over as numbers."""
     lacking = re.compile(r"Tag\.(inplace|out)\b|ScalarType\[\] \w")
     users = [
         path for path in (ROOT / "ffr_ext").rglob("*.py") if lacking.search(path.read_text(encoding="utf-8"))
