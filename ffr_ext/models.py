@@ -67,6 +67,28 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
+# What torch wraps models in: classes whose inside is not the user's module as it was written.
+_WRAPPERS = {
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
+
+
+def find_wrapper(model: nn.Module, caller: str) -> tuple[str, str] | None:
+    """The first wrapper of torch's in a model: its class name, and " at path" for messages. TypeError for no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model: expected an nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                return base.__name__, f" at {path}" if path else ""
+    return None
+
+
 def deep_copy(model: nn.Module) -> nn.Module:
     """`copy.deepcopy`, which by itself refuses a tensor with a graph: one that a forward has kept (a feature, a
     cache) comes along without its graph."""

@@ -7,6 +7,7 @@ out (`compact`).
 from __future__ import annotations
 
 from .compaction import Compaction, compact
+from .graph import ChannelGroup, ChannelGroups, channel_groups
 from .norms import filter_norms
 from .sparsity import LayerSparsity, SparsityReport, sparsity
 from .surgery.gather import compact_filters
@@ -14,10 +15,13 @@ from .surgery.plan import CompactionPlan
 from .zero import zero_small_filters
 
 __all__ = [
+    "ChannelGroup",
+    "ChannelGroups",
     "Compaction",
     "CompactionPlan",
     "LayerSparsity",
     "SparsityReport",
+    "channel_groups",
     "compact",
     "compact_filters",
     "filter_norms",
