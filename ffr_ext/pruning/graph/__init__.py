@@ -13,4 +13,13 @@ from .rules import layers, norms, pointwise, shape  # noqa: F401  they fill the 
 from .solver import Options, Solver
 from .trace import TracedGraph, trace
 
-__all__ = ["Analysis", "ChannelGroup", "ChannelGroups", "Options", "Solver", "TracedGraph", "channel_groups", "trace"]
+__all__ = [
+    "Analysis",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Options",
+    "Solver",
+    "TracedGraph",
+    "channel_groups",
+    "trace",
+]

@@ -108,7 +108,9 @@ class ChannelGroups:
         return iter(self._members)
 
     def __repr__(self) -> str:
-        text = f"{len(self)} channel groups in {self.families.unique().numel()} families, scope {self.scope!r}"
+        text = (
+            f"{len(self)} channel groups in {self.families.unique().numel()} families, scope {self.scope!r}"
+        )
         return f"{text}; unknown ops: {', '.join(self.unknown)}" if self.unknown else text
 
     @cached_property
@@ -175,7 +177,9 @@ class ChannelGroups:
         """Values of the slices of each axis, added up for each group and, where a tensor is sharded, over ranks."""
         tensors = self.tensors()
         parts = local_parts(tensors[axis.name] for axis in axes)
-        device = parts[0].tensor.device if parts else torch.device("cpu")
+        if not parts:
+            return torch.zeros(len(self))
+        device = parts[0].tensor.device
         dtype = torch.promote_types(torch.float32, _widest(p.tensor for p in parts))
         total = self._totals_of(axes, device)([v.to(device) for v in values])
         return sum_over_ranks(total, parts).to(dtype)
@@ -363,4 +367,3 @@ def _whole(values: Tensor, axis: Axis, part: Local) -> Tensor:
 def _widest(tensors: Iterator[Tensor]) -> torch.dtype:
     dtypes = {t.dtype for t in tensors}
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
