@@ -245,8 +245,8 @@ def channel_groups(model: nn.Module, example_inputs: Any, scope: str = "inner") 
     wrapper = find_wrapper(model, "channel_groups")
     if wrapper is not None:
         raise ValueError(
-            f"channel_groups: the model is wrapped in {wrapper[0]}{wrapper[1]}; make the groups of the plain model first, "
-            "then wrap it: they see what becomes of its tensors"
+            f"channel_groups: the model is wrapped in {wrapper[0]}{wrapper[1]}; make the groups of the plain model "
+            "first, then wrap it: they see what becomes of its tensors"
         )
     args, kwargs = as_call(example_inputs)
     solver = Solver(Analysis(trace(copy_without_hooks(model), args, kwargs), strict=True), Options())

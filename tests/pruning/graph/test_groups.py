@@ -158,7 +158,7 @@ def test_an_inner_channel_of_a_residual_block_is_all_that_leaves_with_it() -> No
 
 def test_a_channel_of_the_stream_has_an_axis_in_every_block() -> None:
     found = axes(channel_groups(Residual(), IMAGE, "all")[0])
-    weights = {(n, d) for n, d in found if n.endswith("conv1.weight") or n.endswith("conv2.weight")}
+    weights = {(n, d) for n, d in found if n.endswith(("conv1.weight", "conv2.weight"))}
     assert weights == {(f"blocks.{b}.{c}.weight", d) for b in (0, 1) for c, d in (("conv1", 1), ("conv2", 0))}
     assert {("stem.0.weight", 0), ("head.weight", 1)} <= found
 
@@ -216,7 +216,8 @@ def test_energies_follow_the_weights_and_show_nan() -> None:
         model[0].weight.mul_(2)
         model[3].weight[0, 5] = float("nan")
     energies = groups.energies()
-    assert bool(energies[5].isnan()) and not bool(energies[:5].isnan().any())
+    assert bool(energies[5].isnan())
+    assert not bool(energies[:5].isnan().any())
     torch.testing.assert_close(energies[:5].double(), by_hand(model, groups)[:5])
     assert groups.energies().dtype == torch.float32
     assert channel_groups(model.double(), IMAGE.double()).energies().dtype == torch.float64
