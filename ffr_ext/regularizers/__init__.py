@@ -1,0 +1,1 @@
+"""Penalties on the weights of a model, on the same kernels as the flow loss."""
