@@ -18,7 +18,7 @@ from ...checks import check_choice
 from ...models import as_call, copy_without_hooks, find_wrapper
 from ..norms import filter_norms
 from .analysis import Analysis
-from .shards import Local, local_parts, sum_over_ranks
+from .slices import Axis, Slices
 from .solver import Options, Solver
 from .states import on_cpu
 from .trace import TracedGraph, op_name, trace
@@ -43,25 +43,7 @@ class ChannelGroup:
     family: int
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One dimension of one tensor.
-
-    Attributes:
-        role: ``"out"`` (the filters of a weight), ``"in"`` (the channels that it reads), ``"scale"`` (of a norm) or
-            ``"other"`` (biases, statistics, ...).
-        groups: For every index the number of its group, -1 where it is in none.
-        depthwise: The filters belong to the channels that they read: they pass a channel on and make none.
-    """
-
-    name: str
-    dim: int
-    role: str
-    groups: Tensor
-    depthwise: bool = False
-
-
-class ChannelGroups:
+class ChannelGroups(Slices):
     """The channels of ``model`` that may leave, in a fixed order; see `channel_groups`.
 
     Tensors are looked up by name at every call, so what ``fully_shard`` or ``.to()`` does later is seen.
@@ -84,18 +66,11 @@ class ChannelGroups:
         unknown: Mapping[str, int],
         pinned: Mapping[str, int],
     ) -> None:
-        self.model = model
+        super().__init__(model, axes, families.numel())
         self.scope = scope
-        self.axes = tuple(axes)
         self.families = families
         self.unknown = dict(unknown)
         self.pinned = dict(pinned)
-        self._owners = {a.name: _owner(model, a.name) for a in axes}
-        self._shapes = {name: tuple(t.shape) for name, t in self._look_up().items()}
-        self._totals: dict[tuple[Any, ...], GroupSums] = {}
-
-    def __len__(self) -> int:
-        return self.families.numel()
 
     @overload
     def __getitem__(self, index: int) -> ChannelGroup: ...
@@ -122,23 +97,8 @@ class ChannelGroups:
                     slices[group].append((axis.name, axis.dim, index))
         return [ChannelGroup(s, f) for s, f in zip(slices, self.families.tolist(), strict=True)]
 
-    def _look_up(self) -> dict[str, Tensor]:
-        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._owners.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Name of every tensor with a slice in some group -> the tensor that the model has now. ValueError where its
-        shape has changed since (the model was cut): make the groups again."""
-        found = self._look_up()
-        for name, tensor in found.items():
-            if tuple(tensor.shape) != self._shapes[name]:
-                raise ValueError(
-                    f"channel groups: {name} has shape {tuple(tensor.shape)}, and had {self._shapes[name]} when the "
-                    "groups were made; make them again for the model as it is now"
-                )
-        return found
-
     def weight_axes(self, include_norm: bool = True, separated: bool = False) -> list[Axis]:
-        """The axes that `energies` sums over: of weights, with the scales of norms, without what reads the channels."""
+        """The axes that `energies` sums over: of weights, and of norms' scales."""
         roles = {"out", *([] if separated else ["in"]), *(["scale"] if include_norm else [])}
         return [axis for axis in self.axes if axis.role in roles]
 
@@ -161,58 +121,9 @@ class ChannelGroups:
             NaN weight makes its groups NaN. Under FSDP2 the sums are over the shards of all ranks.
         """
         axes = self.weight_axes(include_norm, separated)
-        return self.sums(axes, self.squared_norms(axes))
-
-    def squared_norms(self, axes: list[Axis]) -> list[Tensor]:
-        """For each axis the squared norm of every slice of the part of its tensor on this rank: (size of the axis,)."""
-        tensors = self.tensors()
-        parts = local_parts(tensors[axis.name] for axis in axes)
-        norms = filter_norms([p.tensor for p in parts], 2, [a.dim for a in axes])
-        return [
-            _whole(norm.double().square(), axis, part)
-            for norm, axis, part in zip(norms, axes, parts, strict=True)
-        ]
-
-    def sums(self, axes: list[Axis], values: list[Tensor]) -> Tensor:
-        """Values of the slices of each axis, added up for each group and, where a tensor is sharded, over ranks."""
-        tensors = self.tensors()
-        parts = local_parts(tensors[axis.name] for axis in axes)
-        if not parts:
-            return torch.zeros(len(self))
-        device = parts[0].tensor.device
-        dtype = torch.promote_types(torch.float32, _widest(p.tensor for p in parts))
-        total = self._totals_of(axes, device)([v.to(device) for v in values])
-        return sum_over_ranks(total, parts).to(dtype)
-
-    def _totals_of(self, axes: list[Axis], device: torch.device) -> GroupSums:
-        key = (device, *((axis.name, axis.dim) for axis in axes))
-        if key not in self._totals:
-            self._totals[key] = GroupSums([axis.groups for axis in axes], len(self), device)
-        return self._totals[key]
-
-
-class GroupSums:
-    """Adds up the entries of each group in a fixed order, without atomics: the same bits on every run and rank."""
-
-    def __init__(self, groups: list[Tensor], count: int, device: torch.device) -> None:
-        entries = torch.cat([g.cpu() for g in groups]) if groups else torch.zeros(0, dtype=torch.int64)
-        by_group = entries.argsort(stable=True)[int((entries < 0).sum()) :]
-        sizes = torch.bincount(entries[by_group], minlength=count)
-        starts = sizes.cumsum(0) - sizes
-        self.count = count
-        # Groups with as many entries as each other are one matrix to sum along: a network has few such sizes.
-        self.parts = []
-        for size in sizes.unique().tolist():
-            members = (sizes == size).nonzero().flatten()
-            where = by_group[starts[members][:, None] + torch.arange(size)]
-            self.parts.append((members.to(device), where.to(device)))
-
-    def __call__(self, values: list[Tensor]) -> Tensor:
-        flat = torch.cat(values)
-        total = flat.new_zeros(self.count)
-        for members, where in self.parts:
-            total[members] = flat[where].sum(1)
-        return total
+        local = self.local([axis.name for axis in axes])
+        norms = filter_norms([part.tensor for part in local], 2, [axis.dim for axis in axes])
+        return self.sums(axes, local, [norm.double().square() for norm in norms])
 
 
 def channel_groups(model: nn.Module, example_inputs: Any, scope: str = "inner") -> ChannelGroups:
@@ -346,24 +257,3 @@ def _why_pinned(solver: Solver, roles: _Roles) -> dict[str, int]:
                 reason = solver.sets.pin_reason(channel)
                 reasons[reason] = reasons.get(reason, 0) + 1
     return reasons
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def _whole(values: Tensor, axis: Axis, part: Local) -> Tensor:
-    """The values of a rank's slices at their place among all of the axis."""
-    if not part.counts:
-        return values.new_zeros(axis.groups.numel())
-    if axis.dim != 0 or values.numel() == axis.groups.numel():
-        return values
-    whole = values.new_zeros(axis.groups.numel())
-    whole[part.first_row : part.first_row + values.numel()] = values
-    return whole
-
-
-def _widest(tensors: Iterator[Tensor]) -> torch.dtype:
-    dtypes = {t.dtype for t in tensors}
-    return torch.float64 if torch.float64 in dtypes else torch.float32

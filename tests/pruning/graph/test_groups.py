@@ -276,7 +276,7 @@ def test_groups_of_a_model_that_was_cut_since_refuse() -> None:
         model.blocks[0].bn1.bias[:3] = 0
         model.blocks[0].bn1.weight[:3] = 0
     compact(model, IMAGE, inplace=True, measure=False)
-    with pytest.raises(ValueError, match=r"blocks\.0\..*make them again"):
+    with pytest.raises(ValueError, match="make them again"):
         groups.energies()
 
 
