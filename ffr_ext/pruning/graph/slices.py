@@ -69,16 +69,15 @@ class Slices:
 
     def sums(self, axes: Sequence[Axis], parts: Sequence[Local], values: Sequence[Tensor]) -> Tensor:
         """(groups,): values of the slices of each axis added up for each group and, where a tensor is sharded, over
-        all ranks. float64 for float64 tensors, else float32."""
+        all ranks. In the dtype of the values."""
         if not parts:
-            return torch.zeros(len(self))
+            return torch.zeros(len(self), dtype=torch.float64)
         device = parts[0].tensor.device
         whole = [_whole(v, axis, part).to(device) for v, axis, part in zip(values, axes, parts, strict=True)]
         key = (device, *((axis.name, axis.dim) for axis in axes))
         if key not in self._sums:
             self._sums[key] = GroupSums([axis.groups for axis in axes], len(self), device)
-        wide = any(part.tensor.dtype == torch.float64 for part in parts)
-        return sum_over_ranks(self._sums[key](whole), parts).to(torch.float64 if wide else torch.float32)
+        return sum_over_ranks(self._sums[key](whole), parts)
 
     def spread(self, axis: Axis, part: Local, vector: Tensor, outside: float) -> Tensor:
         """For each slice of the axis in this rank's part the entry of its group, `outside` for slices in none."""
