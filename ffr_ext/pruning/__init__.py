@@ -6,6 +6,7 @@ out (`compact`).
 
 from __future__ import annotations
 
+from .budget import prune_to
 from .compaction import Compaction, compact
 from .graph import ChannelGroup, ChannelGroups, channel_groups
 from .norms import filter_norms
@@ -25,6 +26,7 @@ __all__ = [
     "compact",
     "compact_filters",
     "filter_norms",
+    "prune_to",
     "sparsity",
     "zero_small_filters",
 ]

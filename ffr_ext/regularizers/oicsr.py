@@ -73,7 +73,7 @@ def families(groups: ChannelGroups, axes: list[Axis]) -> dict[str, Tensor]:
     known: set[int] = set()
     for axis in axes:
         members = axis.groups[axis.groups >= 0]
-        if axis.role != "out" or axis.depthwise:
+        if not axis.makes_channels:
             continue
         family = int(groups.families[members[0]])
         if family not in known:

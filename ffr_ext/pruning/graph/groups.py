@@ -128,6 +128,31 @@ class ChannelGroups(Slices):
             torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
         )
 
+    def layers(self) -> list[Axis]:
+        """The filters of every weight that makes channels of some group."""
+        return [axis for axis in self.axes if axis.makes_channels]
+
+    @torch.no_grad()
+    def zero_(self, chosen: Tensor, model: nn.Module | None = None) -> None:
+        """Zero what makes the chosen groups: filters, scales, biases and running means. What reads them stays.
+
+        Args:
+            chosen: (groups,) bool.
+            model: Where to, by the names of tensors; None: the model of the groups.
+        """
+        owner = (
+            self
+            if model is None
+            else ChannelGroups(model, self.scope, list(self.axes), self.families, {}, {})
+        )
+        tensors = owner.tensors()
+        for axis in self.axes:
+            indices = ((axis.groups >= 0) & chosen.cpu()[axis.groups]).nonzero().flatten()
+            tensor = tensors[axis.name]
+            statistic = not isinstance(tensor, nn.Parameter) and not axis.name.endswith("running_mean")
+            if axis.role != "in" and not statistic and indices.numel():
+                tensor.index_fill_(axis.dim, indices.to(tensor.device), 0)
+
 
 def channel_groups(model: nn.Module, example_inputs: Any, scope: str = "inner") -> ChannelGroups:
     """The channels of a model that may leave it, and what leaves with each.
@@ -242,7 +267,7 @@ def _in_order(solver: Solver, roles: _Roles, chosen: Tensor) -> Tensor:
 def _families(axes: list[Axis], count: int) -> Tensor:
     """Groups that share the filters of some weight, directly or through others, numbered from 0 in their order."""
     family = torch.arange(count)
-    made = [a.groups[a.groups >= 0] for a in axes if a.role == "out" and not a.depthwise]
+    made = [a.groups[a.groups >= 0] for a in axes if a.makes_channels]
     while True:
         before = family.clone()
         for groups in made:

@@ -31,6 +31,10 @@ class Axis:
     groups: Tensor
     depthwise: bool = False
 
+    @property
+    def makes_channels(self) -> bool:
+        return self.role == "out" and not self.depthwise
+
 
 class Slices:
     """``count`` groups of slices, given by the axes that they lie on. Tensors are looked up by name at every call."""
