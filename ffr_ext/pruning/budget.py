@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _torch
 from ..checks import check_choice
 from ..models import as_call, copy_without_hooks, deep_copy
 from .compaction import Compaction, compact
-from .graph.analysis import Analysis, Flow
+from .graph.analysis import Analysis
+from .graph.costs import Costs
 from .graph.groups import SCOPES, ChannelGroups, groups_of
 from .graph.solver import Options, Solver
 from .graph.states import on_cpu
-from .graph.trace import op_name, trace
+from .graph.trace import trace
 from .measure import count_flops, count_parameters
 from .ranks import check_same_on_all_ranks
 from .scale import channel_scales, find_layers
@@ -106,7 +106,8 @@ def prune_to(
         if len(groups) == 0:
             raise ValueError(f"model: prune_to finds no channel that may leave: {_reasons(groups)}")
         scores = _normalized(_scores(groups, solver, energy, example_inputs), groups, normalize)
-        costs = _Costs(model, solver, args, kwargs)
+        whole = {"flops": count_flops(model, args, kwargs), "parameters": count_parameters(model)}
+        costs = Costs(solver, whole)
         search = _Search(groups, solver, scores, costs, share, int(min_channels), int(round_to))
         search.choose(targets)  # raises where nothing can reach it
         agree(" ".join(map(str, scores.tolist())))
@@ -192,7 +193,7 @@ class _Search:
         groups: ChannelGroups,
         solver: Solver,
         scores: Tensor,
-        costs: _Costs,
+        costs: Costs,
         cap: float,
         min_channels: int,
         round_to: int,
@@ -329,106 +330,6 @@ def _bound_units(
     if len({len(part) for part in ranked}) > 1:
         return []
     return [sorted(set(unit)) for unit in zip(*ranked, strict=True)]
-
-
-class _Costs:
-    """FLOPs and parameters of the model without some channels, from channel counts."""
-
-    @on_cpu
-    def __init__(
-        self, model: nn.Module, solver: Solver, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        analysis, channel_of = solver.analysis, solver.sets.channel_of
-        self._products: list[
-            tuple[float, Tensor, Tensor]
-        ] = []  # FLOPs for a pair of channels, outputs, inputs
-        reads: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for read, inputs, outputs in solver.reads:
-            reads.setdefault(read.node, []).append((outputs, inputs))
-        for node in analysis.graph.nodes:
-            weight = _weight(analysis, node)
-            if weight is None:
-                continue
-            pairs = reads.get(node) or _passed_on(analysis, node, channel_of)
-            count = sum(outputs.numel() * inputs.numel() for outputs, inputs in pairs)
-            each = _node_flops(analysis, node, weight) / max(count, 1)
-            self._products += [(each, outputs, inputs) for outputs, inputs in pairs]
-        self._parameters = _parameter_axes(solver)
-        self._whole = {
-            "flops": float(count_flops(model, args, kwargs)),
-            "parameters": float(count_parameters(model)),
-        }
-        nothing = torch.zeros(len(solver.sets), dtype=torch.bool)
-        # What is no product of known channels (attention, parameters that the graph does not read) stays as it is.
-        self._rest = {name: self._whole[name] - counted for name, counted in self._count(nothing).items()}
-
-    def shares(self, removed: Tensor) -> dict[str, float]:
-        """What is left of the FLOPs and parameters without these channels of the solver."""
-        counted = self._count(removed)
-        return {
-            name: (counted[name] + self._rest[name]) / whole if whole else 1.0
-            for name, whole in self._whole.items()
-        }
-
-    def _count(self, removed: Tensor) -> dict[str, float]:
-        kept = ~removed
-        flops = sum(each * int(kept[o].sum()) * int(kept[i].sum()) for each, o, i in self._products)
-        parameters = sum(
-            fixed * math.prod(max(int(kept[c].sum()) for c in choices) for choices in axes)
-            for fixed, axes in self._parameters
-        )
-        return {"flops": float(flops), "parameters": float(parameters)}
-
-
-def _weight(analysis: Analysis, node: Any) -> Flow | None:
-    """The weight of a convolution, linear layer or product with a constant matrix."""
-    if node.op != "call_function" or not isinstance(analysis.made.get(node), Flow):
-        return None
-    schema = _torch.schema(node.target)
-    if schema is None or not op_name(node).startswith(("conv", "linear", "mm", "matmul", "bmm", "addmm")):
-        return None
-    given = dict(zip([a.name for a in schema.arguments], node.args, strict=False), **node.kwargs)
-    values = [given[key] for key in ("weight", "mat2", "other") if key in given]
-    flow = analysis.flows.get(values[0]) if values else None
-    return flow if isinstance(flow, Flow) and flow.state.all_constant() else None
-
-
-def _node_flops(analysis: Analysis, node: Any, weight: Flow) -> float:
-    """Twice the multiply-adds, as `torch.utils.flop_counter` counts."""
-    size = math.prod(weight.shape)
-    if op_name(node).startswith("conv_transpose"):  # each input is spread by a kernel for each output channel
-        return 2 * math.prod(tuple(node.args[0].meta["val"].shape)) * size / weight.shape[0]
-    outputs = weight.shape[0] if op_name(node).startswith(("conv", "linear")) else weight.shape[-1]
-    return 2 * math.prod(analysis.made[node].shape) * size / outputs
-
-
-def _passed_on(analysis: Analysis, node: Any, channel_of: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A depthwise convolution has no reads: its FLOPs are those of the channels that pass."""
-    flow = analysis.made[node]
-    labels = next((v for v in flow.labels if v is not None), None)
-    if labels is None:
-        return []
-    channels = channel_of[labels]
-    return [(channels[i : i + 1], channels[i : i + 1]) for i in range(channels.numel())]
-
-
-def _parameter_axes(solver: Solver) -> list[tuple[float, list[list[Tensor]]]]:
-    """For each parameter the size of its dimensions that stay, and the channels of each of the others. (The inputs of
-    a grouped convolution: those of each of its groups, of which all keep as many.)"""
-    found = []
-    channel_of = solver.sets.channel_of
-    for name, tensor in solver.analysis.graph.tensors.items():
-        if not isinstance(tensor, nn.Parameter):
-            continue
-        axes: dict[int, list[Tensor]] = {
-            dim: [solver.axes[name, dim]] for dim in range(tensor.dim()) if (name, dim) in solver.axes
-        }
-        grouped = solver.analysis.grouped_inputs.get(name)
-        if grouped is not None and tensor.shape[1] > 1:
-            axes[1] = [channel_of[labels] for labels in grouped]
-        fixed = math.prod(s for dim, s in enumerate(tensor.shape) if dim not in axes)
-        found.append((float(fixed), list(axes.values())))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
