@@ -13,6 +13,7 @@ from .norms import filter_norms
 from .sparsity import LayerSparsity, SparsityReport, sparsity
 from .surgery.gather import compact_filters
 from .surgery.plan import CompactionPlan
+from .synthesis import Synthesis, synthesize
 from .zero import zero_small_filters
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "CompactionPlan",
     "LayerSparsity",
     "SparsityReport",
+    "Synthesis",
     "channel_groups",
     "compact",
     "compact_filters",
     "filter_norms",
     "prune_to",
     "sparsity",
+    "synthesize",
     "zero_small_filters",
 ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import at_least_one, check_choice
 from ..models import as_call, copy_without_hooks, deep_copy
 from .compaction import Compaction, compact
 from .graph.analysis import Analysis
@@ -92,15 +92,13 @@ def prune_to(
     check_choice("normalize", normalize, NORMALIZATIONS)
     check_choice("scope", scope, SCOPES)
     share = _share("cap", cap)
-    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    round_to, min_channels = at_least_one("round_to", round_to), at_least_one("min_channels", min_channels)
     optimizer_state.check_optimizer(optimizer)
     args, kwargs = as_call(example_inputs)
     with check_same_on_all_ranks() as agree:
         solver = Solver(
             Analysis(trace(copy_without_hooks(model), args, kwargs), strict=True),
-            Options(1, int(min_channels)),
+            Options(1, min_channels),
         )
         groups = groups_of(model, solver, scope)
         if len(groups) == 0:
@@ -108,10 +106,10 @@ def prune_to(
         scores = _normalized(_scores(groups, solver, energy, example_inputs), groups, normalize)
         whole = {"flops": count_flops(model, args, kwargs), "parameters": count_parameters(model)}
         costs = Costs(solver, whole)
-        search = _Search(groups, solver, scores, costs, share, int(min_channels), int(round_to))
+        search = _Search(groups, solver, scores, costs, share, min_channels, round_to)
         search.choose(targets)  # raises where nothing can reach it
         agree(" ".join(map(str, scores.tolist())))
-    result = _cut(model, example_inputs, search, targets, measure, int(round_to), int(min_channels))
+    result = _cut(model, example_inputs, search, targets, measure, round_to, min_channels)
     return _hand_over(result, model, optimizer, inplace)
 
 

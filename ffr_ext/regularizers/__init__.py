@@ -7,6 +7,7 @@ from .group_lasso import SparseGroupLasso
 from .oicsr import OutInChannelLasso
 from .prox import prox
 from .scale_lasso import ScaleLasso
+from .stress import Stress
 
 __all__ = [
     "BaseRegularizer",
@@ -14,5 +15,6 @@ __all__ = [
     "Regularizer",
     "ScaleLasso",
     "SparseGroupLasso",
+    "Stress",
     "prox",
 ]

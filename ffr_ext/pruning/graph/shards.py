@@ -60,12 +60,22 @@ def _local_part(tensor: Tensor) -> Local:
 
 
 def sum_over_ranks(total: Tensor, parts: Iterable[Local]) -> Tensor:
-    """`total` added up over the ranks of the parts' mesh; itself where no part is sharded."""
+    """`total` added up over the ranks of the parts' mesh, in place; as it is where no part is sharded."""
+    return _reduce(total, parts, "SUM")
+
+
+def max_over_ranks(largest: Tensor, parts: Iterable[Local]) -> Tensor:
+    """The largest of each entry, likewise."""
+    return _reduce(largest, parts, "MAX")
+
+
+def _reduce(values: Tensor, parts: Iterable[Local], operation: str) -> Tensor:
     mesh = next((p.mesh for p in parts if p.mesh is not None), None)
     if mesh is not None:
         for dim in range(mesh.ndim):
-            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
-    return total
+            kind = getattr(torch.distributed.ReduceOp, operation)
+            torch.distributed.all_reduce(values, kind, group=mesh.get_group(dim))
+    return values
 
 
 def _is_distributed(tensor: Tensor) -> bool:

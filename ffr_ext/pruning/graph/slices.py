@@ -66,6 +66,10 @@ class Slices:
                 )
         return found
 
+    def owner(self, name: str) -> nn.Module:
+        """The module that has the tensor."""
+        return self._owners[name][0]
+
     def local(self, names: Sequence[str]) -> list[Local]:
         """The parts of tensors on this rank."""
         tensors = self.tensors(dict.fromkeys(names))
