@@ -17,6 +17,16 @@ from ffr_ext.pruning.graph.survival import channel_survival
 X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 
 
+def residual() -> nn.Module:
+    """Channels of different scales: at the start all are as strong as the strongest, and survive."""
+    model = Residual().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0, 1)
+    return model
+
+
 def wide(width: int = 40) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3),
@@ -60,7 +70,9 @@ def test_behind_norms_the_effective_scale_decides_and_not_the_size_of_filters() 
     torch.testing.assert_close(channel_survival(channel_groups(model, X), 1.0), before)
 
 
-def test_about_one_in_e_synapses_survives_and_the_dead_stay_dead() -> None:
+def test_synapses_survive_by_their_size_and_the_dead_stay_dead() -> None:
+    """Also with a generator of the seed that the weights were made with."""
+    torch.manual_seed(0)
     model = wide()
     before = fingerprint(model)
     generator = torch.Generator().manual_seed(0)
@@ -79,11 +91,14 @@ def test_about_one_in_e_synapses_survives_and_the_dead_stay_dead() -> None:
         old = child.masks[name]
         if old.shape == mask.shape:
             assert not bool((mask & ~old).any())
-    assert 0.1 < float(second.masks["2.weight"].double().mean()) < 0.25
+    assert (
+        float(second.masks["2.weight"].double().mean())
+        < 0.6 * float(child.masks["2.weight"].double().mean()) + 0.1
+    )
 
 
 @pytest.mark.parametrize("level", ["channel", "synapse"])
-@pytest.mark.parametrize("make", [wide, lambda: Residual().eval()], ids=["plain", "residual"])
+@pytest.mark.parametrize("make", [wide, residual], ids=["plain", "residual"])
 def test_the_offspring_computes_what_the_parent_does_without_the_dead(make: Any, level: str) -> None:
     model = make()
     child = synthesize(model, X, level=level, generator=torch.Generator().manual_seed(2), measure=False)

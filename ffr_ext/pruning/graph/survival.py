@@ -76,7 +76,8 @@ def _variance_share(norm: Any, part: Local, gamma: Tensor) -> Tensor | float:
 def draw_channels(groups: ChannelGroups, environment: float, generator: torch.Generator) -> Tensor:
     """(groups,) bool on the CPU: who survives. Of every layer at least the strongest does (ours)."""
     survival = channel_survival(groups, environment)
-    alive = torch.rand(len(groups), generator=generator, dtype=torch.float64, device="cpu") < survival
+    chance = torch.rand(len(groups), generator=_fresh(generator), dtype=torch.float64, device="cpu")
+    alive = chance < survival
     for family in range(int(groups.families.max()) + 1):
         members = (groups.families == family).nonzero().flatten()
         if not bool(alive[members].any()):
@@ -96,13 +97,22 @@ def draw_synapses(
     if not bool(tops.isfinite().all()):
         raise ValueError("model: a weight is not finite, so nothing can be said of its synapses' strength")
     alive = []
+    fresh = _fresh(generator)
     for part, shape, top in zip(parts, shapes, tops.tolist(), strict=True):
-        chance = torch.rand(tuple(shape), generator=generator, device="cpu")
+        chance = torch.rand(tuple(shape), generator=fresh, device="cpu")
         chance = chance.narrow(0, part.first_row, part.tensor.shape[0]).to(part.tensor.device)
         magnitude = part.tensor.abs().float()
         likely = environment * torch.exp(magnitude / (top or 1.0) - 1)
         alive.append((chance < likely) & (part.tensor != 0))
     return alive
+
+
+def _fresh(generator: torch.Generator) -> torch.Generator:
+    """A generator of a stream of its own. Seeded like the one that initialised the weights, `generator` itself would
+    draw the very numbers that the weights were made of: of a uniform weight 43 % survived, where 64 % should."""
+    return torch.Generator("cpu").manual_seed(
+        int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    )
 
 
 def check_generator(generator: Any) -> torch.Generator:
