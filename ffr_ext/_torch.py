@@ -80,6 +80,11 @@ def version(tensor: Tensor) -> int | None:
     return None if uncounted else getattr(tensor, "_version", None)
 
 
+def unscales_by_itself(optimizer: Any) -> bool:
+    """Whether a GradScaler leaves unscaling to the optimizer's step (fused ones). Without the attribute it does not."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",

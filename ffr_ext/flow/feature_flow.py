@@ -227,6 +227,10 @@ class FeatureFlow(BaseRegularizer):
             self.end_pass()
         self._recorder.clear()
 
+    def passed_by(self) -> bool:
+        """Whether a backward pass has gone through a call of the pass by hand of which no penalty was built."""
+        return any(path.passed.noted and path.penalty is None for path in self._recorder.paths)
+
     def captured(self) -> list[tuple[str, Tensor]]:
         """Names and features of the last recorded pass, in call order, until its ``loss()`` is built.
 

@@ -33,6 +33,7 @@ class Path:
         dropped: whether its call raised; it is no part of the pass then.
         points: the nodes of autograd's graph that made the features, once they have been let go.
         penalty: what was built of it and others for a backward pass.
+        passed: tells whether a backward pass went through it.
     """
 
     def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
@@ -52,6 +53,7 @@ class Path:
         self.without_autograd: list[str] = []
         self.points: set[Any] = set()
         self.penalty: Tensor | None = None
+        self.passed = Passed()
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -119,6 +121,16 @@ class Path:
         """Let go of the features, and keep what tells which losses depend on them."""
         self.points = self.nodes()
         self.features, self.taps = [], []
+
+
+class Passed:
+    """Pre-hook of the node that made a feature: notes that a backward pass reached it."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def __call__(self, _gradients: Any) -> None:
+        self.noted = True
 
 
 def independent(path: Path) -> list[Path]:

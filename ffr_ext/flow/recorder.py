@@ -206,6 +206,8 @@ class Recorder:
             return  # recomputation: outside a call nothing else tells
         feature = select(self.output, name, module, output)
         path = self._path(self.streams[index], index)
+        if self.by_hand and not compiling and not path.names and feature.grad_fn is not None:
+            feature.grad_fn.register_prehook(path.passed)
         if compiling:
             feature = path.check_while_traced(feature, last)
         path.versions.append(None if compiling else version(feature))
