@@ -241,7 +241,7 @@ def test_the_hooks_that_tell_calls_apart_come_with_the_first_pass_by_hand_and_go
     for _ in range(2):
         with one_pass(flow):
             model(views()[0])
-        assert hooks(model) == ordinary + 2 * 2  # of the model and of its stack of layers
+        assert hooks(model) == ordinary + 2  # of its stack of layers
     flow.begin_pass()
     model(views()[0])
     flow.detach()
@@ -251,7 +251,7 @@ def test_the_hooks_that_tell_calls_apart_come_with_the_first_pass_by_hand_and_go
     assert hooks(model) == ordinary
     with one_pass(flow):
         model(views()[0])
-    assert hooks(model) == ordinary + 2 * 2
+    assert hooks(model) == ordinary + 2
     del flow
     gc.collect()
     assert hooks(model) == 0
