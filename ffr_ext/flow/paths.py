@@ -103,15 +103,16 @@ class Path:
         if len(layers) > 1 and rounds > 1 and self.names == layers * rounds:
             warnings.warn(
                 f"FeatureFlow: all {len(layers)} layers were called {rounds} times in one pass, outside any call "
-                "of a module that contains them. Their features make one path, with terms between the end of "
-                "one round and the start of the next. If these are calls on different inputs, call such a "
-                "module (each of its calls is a path of its own), or give each a pass and a loss() of its own",
+                "of a module that contains them. A round that autograd's graph shows not to depend on the one before "
+                "is a path of its own; any other goes on with the path, with terms between the end of one round and "
+                "the start of the next. If these are calls on different inputs, better call such a module (each of "
+                "its calls is a path of its own), or give each a pass and a loss() of its own",
                 stacklevel=stacklevel + 1,
             )
 
     def requires_grad(self) -> bool:
-        """Whether any feature does."""
-        return any(feature.requires_grad for feature in self.features)
+        """Whether any feature does, or did before it was let go."""
+        return bool(self.points) or any(feature.requires_grad for feature in self.features)
 
     def nodes(self) -> set[Any]:
         """The nodes of autograd's graph that made the features: a loss whose graph has one of them depends on it."""
@@ -120,7 +121,7 @@ class Path:
     def release(self) -> None:
         """Let go of the features, and keep what tells which losses depend on them."""
         self.points = self.nodes()
-        self.features, self.taps = [], []
+        self.features, self.taps, self.versions = [], [], []
 
 
 class Passed:
