@@ -74,10 +74,13 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often the tensor was written in place; None where torch does not count (inference mode). Dynamo cannot trace
-    the question whether it does."""
-    uncounted = not torch.compiler.is_compiling() and tensor.is_inference()
-    return None if uncounted else getattr(tensor, "_version", None)
+    """How often the tensor was written in place; None where torch does not count (inference mode)."""
+    return None if tensor.is_inference() else getattr(tensor, "_version", None)
+
+
+def traced_version(tensor: Tensor) -> int | None:
+    """The same while torch.compile traces, which cannot trace the question whether torch counts."""
+    return getattr(tensor, "_version", None)
 
 
 def unscales_by_itself(optimizer: Any) -> bool:

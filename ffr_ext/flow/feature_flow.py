@@ -127,6 +127,8 @@ class FeatureFlow(BaseRegularizer):
             "backend": backend,
         }
         self._streams = select_streams(model, layers, join_stages=transition == "pool")
+        chosen = {name for stream in self._streams for name in stream}
+        self._layers = [name for name, _ in model.named_modules() if name in chosen]
         # The reference backend is plain torch, which autograd differentiates by itself.
         self._recorder = Recorder(
             output_selector(output), capture_eval, tapping=backend != "reference", streams=len(self._streams)
@@ -138,8 +140,7 @@ class FeatureFlow(BaseRegularizer):
     @property
     def layers(self) -> list[str]:
         """Qualified names of the captured layers, in the order of ``model.named_modules()``."""
-        chosen = {name for stream in self._streams for name in stream}
-        return [name for name, _ in self.model.named_modules() if name in chosen]
+        return list(self._layers)
 
     @property
     def paths(self) -> list[list[str]]:
@@ -311,7 +312,7 @@ class FeatureFlow(BaseRegularizer):
                 self._check_attached()
                 if not paths:
                     self._recorder.check_complete()
-                self._check(paths, self.layers)
+                self._check(paths, self._layers)
                 raise RuntimeError(
                     "FeatureFlow: the loss depends on none of the recorded forward passes, so the penalty would change "
                     "nothing: their outputs were detached or not used"
@@ -389,7 +390,7 @@ class FeatureFlow(BaseRegularizer):
         self._check_attached()
         self._recorder.check_complete()
         paths = self._recorder.paths
-        self._check(paths, self.layers)
+        self._check(paths, self._layers)
         return paths
 
     def _check_attached(self) -> None:
