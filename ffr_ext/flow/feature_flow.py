@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import checks
-from ..backends import BACKENDS
 from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ..models import as_call, evaluating
+from ..options import FlowOptions
 from ..stages import has_term
 from .calls import watch_calls
 from .capture import BeginHook, EndHook, LayerHook, OutputSelector, Recorder, output_selector
@@ -87,8 +88,7 @@ class FeatureFlow:
                 "model: nn.DataParallel runs replicas in threads and cannot be captured; use "
                 "DistributedDataParallel"
             )
-        checks.check_options(norm, curvature_kind, reduction, transition)
-        checks.check_choice("backend", backend, ("auto", *BACKENDS))
+        self.options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
         for name, weight in (("gradient", gradient), ("curvature", curvature)):
             checks.term_weights(
                 name, weight, len(weight) if hasattr(weight, "__len__") and _rank(weight) else 0
@@ -98,13 +98,6 @@ class FeatureFlow:
         self.model = model
         self.gradient = gradient
         self.curvature = curvature
-        self.options: dict[str, Any] = {
-            "norm": norm,
-            "curvature_kind": curvature_kind,
-            "reduction": reduction,
-            "transition": transition,
-            "backend": backend,
-        }
         self._modules = select_layers(model, layers)
         # The reference backend is plain torch, which autograd differentiates by itself.
         self._recorder = Recorder(output_selector(output), capture_eval, tapping=backend != "reference")
@@ -223,8 +216,8 @@ class FeatureFlow:
         finally:
             self.enabled = enabled
         names, features = [name for name, _ in captured], [feature for _, feature in captured]
-        settings = {"gradient": self.gradient, "curvature": self.curvature, **self.options}
-        description = describe(names, features, self.options["transition"], settings)
+        settings = {"gradient": self.gradient, "curvature": self.curvature, **asdict(self.options)}
+        description = describe(names, features, self.options.transition, settings)
         print(description)
         return description
 
@@ -249,9 +242,9 @@ class FeatureFlow:
             try:
                 loss, terms_of_path = penalty(
                     path.features,
-                    gradient=self.gradient,
-                    curvature=self.curvature,
-                    **self.options,
+                    self.options,
+                    self.gradient,
+                    self.curvature,
                     make_stats=_just_in_time(path),
                 )
             except (TypeError, ValueError) as error:
@@ -278,7 +271,7 @@ class FeatureFlow:
         terms = []
         for path in self._with_terms(self._paths()):
             detached = [feature.detach() for feature in path.features]
-            terms.append(partial(flow_terms, detached, **self.options))
+            terms.append(partial(flow_terms, detached, **asdict(self.options)))
         return _one_after_another(terms)
 
     def _paths(self) -> list[Path]:
@@ -298,7 +291,7 @@ class FeatureFlow:
 
     def _with_terms(self, paths: list[Path]) -> list[Path]:
         """Those that make a term. If none does, the first, for ``ffr_loss`` to say why."""
-        transition = self.options["transition"]
+        transition = self.options.transition
         return [path for path in paths if has_term(path.features, transition)] or paths[:1]
 
     def __getstate__(self) -> dict[str, Any]:
