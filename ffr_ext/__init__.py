@@ -11,7 +11,7 @@ from __future__ import annotations
 from ._version import __version__
 from .env import show_config
 from .flow import FeatureFlow
-from .functional import FlowTerms, ffr_loss, flow_terms
+from .functional import FFRLoss, FlowTerms, ffr_loss, flow_terms
 from .pruning import (
     Compaction,
     CompactionPlan,
@@ -28,6 +28,7 @@ from .selftest import selftest
 __all__ = [
     "Compaction",
     "CompactionPlan",
+    "FFRLoss",
     "FeatureFlow",
     "FlowTerms",
     "LayerSparsity",
