@@ -130,6 +130,8 @@ def _output_steps(tasks: StructuredOutput, y: Tensor | None) -> Iterator[str]:
 
 
 def _notes(tasks: StructuredOutput, task: str, chain: Chain, example: Tensor | None) -> Iterator[str]:
+    if not tasks._weights()[task]:
+        yield f"its weight is 0, so it is not computed; pass {task}=<its weight>"
     front = [layer.module for layer in chain.layers[: chain.lead]]
     if task == "output" and not any(isinstance(module, ACTIVATIONS) for module in front):
         yield (

@@ -113,7 +113,7 @@ def _stop(stop: Any, fall_from: Any, shape: Any, sigma: Any) -> int | None:
         raise ValueError(f"shape: expected one of {', '.join(map(repr, SHAPES))}, got {shape!r}")
     if stop is None:
         if shape in ("linear", "cosine") or (shape == "exponential" and sigma is None):
-            raise ValueError(f"stop: expected the step at which a {shape} fall ends, got None")
+            raise ValueError(f"stop: expected the step at which the {shape} fall ends, got None")
         return None
     stop = _steps("stop", stop)
     if shape == "stairs" and stop != fall_from:

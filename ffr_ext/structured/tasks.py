@@ -34,9 +34,8 @@ class _Number:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, instance: Any, owner: type) -> float:
-        value: float = instance.__dict__[f"_{self.name}"]
-        return value
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance.__dict__[f"_{self.name}"]
 
     def __set__(self, instance: Any, value: Any) -> None:
         instance.__dict__[f"_{self.name}"] = _number(self.name, value)
@@ -89,7 +88,8 @@ class StructuredOutput(nn.Module):
     training; a task whose product is 0 is not computed. ``state_dict()`` holds the biases alone (and the weights
     of free mirrors).
 
-    The layers are called without their hooks, so a FeatureFlow on the same model does not see these passes.
+    The layers are called without their hooks, so a FeatureFlow on the same model does not see these passes (modules
+    inside a block that a mirror of the user's allows are called as ever).
 
     Source: Belharbi, Herault, Chatelain, Adam, "Deep Neural Networks Regularization for Structured Output
     Prediction", arXiv 1504.07550, and their program. Ours: means everywhere, one sum instead of three optimiser
@@ -250,7 +250,8 @@ class StructuredOutput(nn.Module):
                 f"{CALLED[task]}: of shape {tuple(tensor.shape)}, comes back as {tuple(again.shape)}; is it of another "
                 f"size than the {task}s of the model?"
             )
-        return F.mse_loss(again, tensor)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        return F.mse_loss(again.to(wide), tensor.to(wide))
 
     def _encode(self, y: Tensor) -> Tensor:
         mirror = self.mirrors["output"]

@@ -159,6 +159,15 @@ def test_it_runs_under_autocast_with_a_loss_in_float32() -> None:
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=1e-3)
 
 
+def test_a_model_of_half_precision_has_a_loss_in_float32() -> None:
+    model, exact = mlp(torch.bfloat16), mlp(torch.float32)
+    exact.load_state_dict(model.state_dict())
+    x, y = (t.bfloat16() for t in batch())
+    loss = both(model).loss(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, both(exact).loss(x.float(), y.float()), rtol=2e-2, atol=1e-3)
+
+
 def test_inputs_and_labels_are_not_written_to() -> None:
     model = nn.Sequential(
         nn.ReLU(inplace=True), nn.Linear(6, 4), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 7)

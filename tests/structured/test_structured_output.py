@@ -247,6 +247,8 @@ def test_describe_prints_chains_shapes_and_shared_parameters_and_leaves_no_trace
     assert tasks.training
     assert tasks.reconstruction == "auto"
     assert torch.equal(torch.get_rng_state(), state)
+    tasks.output_scale = 0
+    assert "note: its weight is 0, so it is not computed; pass output=" in str(tasks.describe())
     assert "note: last does not begin with an activation" in str(
         StructuredOutput(model, last=model[6:]).describe()
     )

@@ -70,11 +70,11 @@ def test_a_saved_schedule_goes_on() -> None:
     [
         ({"target": object()}, TypeError, r"target: expected a StructuredOutput, got object"),
         ({"stop": 10}, ValueError, r"stop: expected more than fall_from = 10 steps, got 10"),
-        ({"stop": None}, ValueError, r"stop: expected the step at which a linear fall ends, got None"),
+        ({"stop": None}, ValueError, r"stop: expected the step at which the linear fall ends, got None"),
         (
             {"stop": None, "shape": "exponential"},
             ValueError,
-            r"stop: expected the step at which a exponential fall ends",
+            r"stop: expected the step at which the exponential fall ends",
         ),
         ({"shape": "stairs"}, ValueError, r"stop: expected none with shape='stairs'"),
         (
