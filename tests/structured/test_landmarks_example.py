@@ -82,7 +82,7 @@ def test_every_row_of_the_table_is_made_from_a_file_of_faces(
     table = text[text.index("| setting") :].strip()
     landmarks.main(["--runs", str(tiny / "out" / "runs.csv"), "--draw", str(tiny / "runs.svg")])
     assert capsys.readouterr().out.strip() == table
-    assert (tiny / "runs.svg").read_text().count("<path") > 20
+    assert (tiny / "runs.svg").stat().st_size > 5000
 
 
 def test_the_task_changes_the_net_and_is_switched_off_without_it(tiny: Path) -> None:
