@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, Protocol
 
-from .tasks import TASKS, check_tasks
+from .arguments import TASKS, check_tasks
 
 SHAPES = ("linear", "cosine", "exponential", "stairs")
 

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import (
+    ARGUMENTS,
+    CALLED,
+    RECONSTRUCTIONS,
+    TASKS,
+    MirrorSpec,
+    Number,
+    Reconstruction,
+    check_given,
+    check_number,
+    check_tasks,
+    choose_mirrors,
+    choose_reconstruction,
+    has_rows,
+)
 from .chains import Chain, ChainSpec, check_apart, check_plain, find_chain
 from .description import Description, describe
 from .mirrors import Mirror
-
-TASKS = ("input", "output")
-ARGUMENTS = {"input": "first", "output": "last"}
-CALLED = {"input": "x", "output": "y"}
-MIRRORS = ("tied", "free")
-RECONSTRUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda hidden: hidden,
-}
-Reconstruction = str | Callable[[Tensor], Tensor]
-MirrorSpec = str | nn.Module | Mapping[str, nn.Module]
-
-
-class _Number:
-    """A float attribute >= 0."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        return self if instance is None else instance.__dict__[f"_{self.name}"]
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[f"_{self.name}"] = _number(self.name, value)
 
 
 class StructuredOutput(nn.Module):
@@ -101,11 +90,11 @@ class StructuredOutput(nn.Module):
     """
 
     model: nn.Module
-    input = _Number()
-    output = _Number()
-    scale = _Number()
-    input_scale = _Number()
-    output_scale = _Number()
+    input = Number()
+    output = Number()
+    scale = Number()
+    input_scale = Number()
+    output_scale = Number()
 
     def __init__(
         self,
@@ -126,11 +115,11 @@ class StructuredOutput(nn.Module):
         object.__setattr__(self, "model", model)  # nn.Module would make it a submodule
         self.input, self.output = input, output
         self.scale = self.input_scale = self.output_scale = 1.0
-        self.corruption = _number("corruption", corruption)
+        self.corruption = check_number("corruption", corruption)
         if self.corruption >= 1:
             raise ValueError(f"corruption: expected a probability in [0, 1), got {corruption}")
-        _check_given(self.input, self.output, first, last)
-        mirrors = _mirrors(mirror, first is not None, last is not None)
+        check_given(self.input, self.output, first, last)
+        mirrors = choose_mirrors(mirror, first is not None, last is not None)
         self._chains = {
             task: find_chain(model, argument, spec, mirrored=isinstance(mirrors[task], str))
             for task, argument, spec in (("input", "first", first), ("output", "last", last))
@@ -141,7 +130,7 @@ class StructuredOutput(nn.Module):
         self.mirrors = nn.ModuleDict(
             {task: _mirror(model, task, chain, mirrors[task]) for task, chain in self._chains.items()}
         )
-        self.reconstruction = _reconstruction(reconstruction, mirrors["input"])
+        self.reconstruction = choose_reconstruction(reconstruction, mirrors["input"])
         self._by_auto = False
         self._last: dict[str, Tensor] | None = None
 
@@ -162,18 +151,16 @@ class StructuredOutput(nn.Module):
             RuntimeError: the layers changed their shape since the mirrors were made.
         """
         given = {"input": x, "output": y}
-        data = {task: given[task] for task in self._chains if given[task] is not None}
+        data = {task: t for task, t in given.items() if t is not None and task in self._chains}
         if not data:
             wanted = " or ".join(CALLED[task] for task in self._chains)
             raise ValueError(f"loss: expected {wanted}, got none: there is no term to compute")
         weights = self._weights()
-        for task in data:
-            weights[task] = weights[task] if _has_rows(CALLED[task], data[task]) else 0.0
-        wanted_data = {task: tensor for task, tensor in data.items() if tensor is not None and weights[task]}
-        for task, tensor in wanted_data.items():
+        computed = {task: t for task, t in data.items() if weights[task] and has_rows(CALLED[task], t)}
+        for task, tensor in computed.items():
             self._check(task, tensor)
             self._check_trains(task)
-        terms = {task: self._term(task, tensor) for task, tensor in wanted_data.items()}
+        terms = {task: self._term(task, tensor) for task, tensor in computed.items()}
         self._last = {task: term.detach() for task, term in terms.items()}
         total = _zero(self._chains[next(iter(data))])
         for task, term in terms.items():
@@ -285,7 +272,7 @@ class StructuredOutput(nn.Module):
     def _check(self, task: str, tensor: Any) -> None:
         """TypeError or ValueError for what is no batch of the task."""
         chain, called = self._chain(task), CALLED[task]
-        _has_rows(called, tensor)
+        has_rows(called, tensor)
         like = next(chain.parameters())
         if tensor.device != like.device:
             raise ValueError(
@@ -318,61 +305,6 @@ class StructuredOutput(nn.Module):
             )
 
 
-def check_tasks(name: str, tasks: Any) -> tuple[str, ...]:
-    """The names of tasks, or ValueError."""
-    listed = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    if not listed or any(task not in TASKS for task in listed):
-        raise ValueError(f"{name}: expected one or both of 'input' and 'output', got {tasks!r}")
-    return listed
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number >= 0, got {value!r}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    return number
-
-
-def _check_given(input: float, output: float, first: Any, last: Any) -> None:
-    for task, weight, chain in (("input", input, first), ("output", output, last)):
-        if weight and chain is None:
-            raise ValueError(
-                f"{task}: expected 0 without layers for it, got {weight:g}; pass {ARGUMENTS[task]}=<its layers>"
-            )
-    if first is None and last is None:
-        raise ValueError("first, last: expected the layers of at least one task, got none")
-
-
-def _mirrors(mirror: Any, has_input: bool, has_output: bool) -> dict[str, str | nn.Module]:
-    """For each task "tied", "free" or the user's module."""
-    if isinstance(mirror, nn.Module):
-        if has_input and has_output:
-            raise ValueError(
-                "mirror: one module cannot be the mirror of two chains; pass {'input': ..., 'output': ...}"
-            )
-        return dict.fromkeys(TASKS, mirror)
-    if isinstance(mirror, Mapping):
-        unknown = [task for task in mirror if task not in TASKS]
-        if unknown:
-            raise ValueError(f"mirror: expected the keys 'input' and 'output', got {unknown[0]!r}")
-        return {task: _one_mirror(mirror.get(task, "tied")) for task in TASKS}
-    return {task: _one_mirror(mirror) for task in TASKS}
-
-
-def _one_mirror(mirror: Any) -> str | nn.Module:
-    if isinstance(mirror, nn.Module):
-        return mirror
-    if not isinstance(mirror, str):
-        raise TypeError(
-            f"mirror: expected 'tied', 'free', a module or a dict of them, got {type(mirror).__name__}"
-        )
-    if mirror not in MIRRORS:
-        raise ValueError(f"mirror: expected 'tied', 'free', a module or a dict of them, got {mirror!r}")
-    return mirror
-
-
 def _mirror(model: nn.Module, task: str, chain: Chain, mirror: str | nn.Module) -> nn.Module:
     if isinstance(mirror, str):
         return Mirror(chain, free=mirror == "free", activate_front=task == "output")
@@ -383,30 +315,6 @@ def _mirror(model: nn.Module, task: str, chain: Chain, mirror: str | nn.Module) 
             "be given twice"
         )
     return mirror
-
-
-def _reconstruction(value: Any, mirror: str | nn.Module) -> Reconstruction:
-    if isinstance(value, str) and value != "auto" and value not in RECONSTRUCTIONS:
-        raise ValueError(
-            f"reconstruction: expected 'auto', {', '.join(map(repr, RECONSTRUCTIONS))} or a callable, got {value!r}"
-        )
-    if not isinstance(value, str) and not callable(value):
-        raise TypeError(f"reconstruction: expected a name or a callable, got {type(value).__name__}")
-    if value == "auto" and isinstance(mirror, nn.Module):
-        return "identity"
-    kept: Reconstruction = value
-    return kept
-
-
-def _has_rows(called: str, tensor: Any) -> bool:
-    """Whether a batch has rows; TypeError or ValueError if it is no batch of floating-point rows."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{called}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{called}: expected a floating-point tensor, got {tensor.dtype}")
-    if tensor.dim() < 2:
-        raise ValueError(f"{called}: expected a batch of shape (B, ...), got shape {tuple(tensor.shape)}")
-    return len(tensor) > 0
 
 
 def _zero(chain: Chain) -> Tensor:
