@@ -80,7 +80,7 @@ def test_no_test_needs_an_optional_package_to_be_collected(tmp_path: Path) -> No
     assert "tests/native/test_gpu.py::test_cuda_graph_replays_with_new_values" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["build", "demo", "test", "dev"])
+@pytest.mark.parametrize("name", ["build", "demo", "test", "dev", "docs"])
 def test_every_requirement_of_make_is_pinned(name: str) -> None:
     pins = {
         requirement.name.lower()
