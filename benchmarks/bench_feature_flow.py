@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffr_ext import FeatureFlow, ffr_loss, reference, taps
+from ffr_ext import FeatureFlow, ffr_loss, reference
+from ffr_ext.flow import taps
 
 from .harness import Effort, Subject, peak_memory, time_in_turns
 

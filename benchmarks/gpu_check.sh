@@ -60,7 +60,7 @@ sanitize() {  # the CUDA kernels' reads and writes, on the small cases
   command -v compute-sanitizer >/dev/null || { echo "skipped: no compute-sanitizer on PATH"; return 0; }
   # Without torch's cache every tensor is an allocation of its own, whose end the sanitizer knows.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py \
+    "$python" -m pytest -q -p no:cacheprovider tests/native/test_gpu.py \
     -k "test_sums_signs_and_gradients and cuda and (tail or anywhere or misaligned)"
 }
 

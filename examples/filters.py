@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ffr_ext import Compaction, compact, sparsity, zero_small_filters
-from ffr_ext.pruning.counting import LayerSparsity
+from ffr_ext import Compaction, LayerSparsity, compact, sparsity, zero_small_filters
 
 DEAD = 1e-2  # effective scale under which a filter counts as dead
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from filters import Pruned
     from train import Epoch
 
-    from ffr_ext.pruning.counting import LayerSparsity
+    from ffr_ext import LayerSparsity
 
 WITH, WITHOUT = "#d95f02", "#7f7f7f"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})

@@ -1,6 +1,4 @@
-"""``python -m ffr_ext COMMAND``. Every command is one function that adds its parser; what it needs is
-imported when it runs.
-"""
+"""``python -m ffr_ext COMMAND``. Every command is one function that adds its parser."""
 
 from __future__ import annotations
 
@@ -9,12 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ._version import __version__
+from . import __version__, env
+from .pruning import cli
+from .selftest import selftest
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+Subparsers = Any  # what add_subparsers returns; argparse does not export its type
 
 
 def _add_info(commands: Subparsers) -> None:
@@ -26,12 +25,10 @@ def _add_info(commands: Subparsers) -> None:
 
 
 def _run_info(arguments: argparse.Namespace) -> int:
-    from . import config
-
     if arguments.json:
-        print(json.dumps(config.collect(), indent=2))
+        print(json.dumps(env.collect(), indent=2))
     else:
-        config.show_config()
+        env.show_config()
     return 0
 
 
@@ -44,8 +41,6 @@ def _add_selftest(commands: Subparsers) -> None:
 
 
 def _run_selftest(arguments: argparse.Namespace) -> int:
-    from .verification import selftest
-
     try:
         return 0 if selftest(arguments.backend) else 1
     except (ValueError, RuntimeError) as error:
@@ -53,13 +48,7 @@ def _run_selftest(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _add_pruning(commands: Subparsers) -> None:
-    from .pruning import cli
-
-    cli.add_arguments(commands)
-
-
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info, _add_selftest, _add_pruning)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_info, _add_selftest, cli.add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

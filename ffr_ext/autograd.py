@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops, traced
-from .checks import transforms_active
+from . import compiled, ops
+from ._torch import transforms_active
 from .stages import Layout, align, kernel_layouts
 
 DOUBLE_BACKWARD = (
@@ -59,8 +59,8 @@ def _sums(spec: FlowSpec, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]
     groups = [stage[0].shape[0] if spec.per_sample else 1 for stage in stages]
     aligned = [f for stage in stages for f in align(stage, spec.per_sample)]
     if torch.compiler.is_compiling():
-        return traced.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
-    stats, signs = traced.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
+        return compiled.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
+    stats, signs = compiled.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
     ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, signs)
     return stats, signs
 
@@ -191,13 +191,13 @@ def _flow_gradients(
     )
     if torch.compiler.is_compiling():
         described = [lay for lay, want in zip(made, wanted, strict=True) if want]
-        grads = traced.flow_gradients(
+        grads = compiled.flow_gradients(
             *arguments,
             wanted,
             [len(lay.shape) for lay in described],
             [size for lay in described for size in lay.shape],
             [stride for lay in described for stride in lay.strides],
-            [traced.DTYPES.index(lay.dtype) for lay in described],
+            [compiled.DTYPES.index(lay.dtype) for lay in described],
             spec.backend,
         )
     else:

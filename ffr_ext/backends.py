@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from ffr_ext._native import NativeLibraryWarning, build_record, native, native_error
+from ._native import NativeLibraryWarning, build_record, native, native_error
+from ._torch import constant_when_compiled
 
 __all__ = [
     "BACKENDS",
@@ -55,6 +56,7 @@ def available() -> dict[str, Status]:
 _resolved: dict[tuple[str, str], str] = {}
 
 
+@constant_when_compiled  # it cannot trace the loading of a library
 def resolve(backend: str, device_type: str) -> str:
     """The concrete backend for tensors on ``device_type`` (``tensor.device.type``).
 
@@ -72,11 +74,6 @@ def resolve(backend: str, device_type: str) -> str:
         name = _resolve(backend, device_type)
         _resolved[backend, device_type] = name
     return name
-
-
-# torch.compile takes the answer as a constant instead of tracing into library loading, which it cannot. This
-# is what torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with ffr_ext.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(backend: str, device_type: str) -> str:

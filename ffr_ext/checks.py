@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _torch
+
 NORMS = ("l1", "l2_squared", "l2")
 CURVATURE_KINDS = ("difference", "angle")
 REDUCTIONS = ("mean", "batchmean", "sum")
@@ -174,24 +176,13 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
-def transforms_active() -> bool:
-    """Whether a torch.func transform is running. No public question exists; without the private one assume none."""
-    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(ask is not None and ask())
-
-
 def runs_eagerly() -> bool:
     """Whether what is computed now is just computed: nobody transforms, traces or intercepts it, so numbers may be
-    looked at and tensors kept. Where torch lacks one of the private questions, assume that nobody does.
+    looked at and tensors kept.
     """
-    if torch.compiler.is_compiling() or transforms_active():
-        return False
-    # make_fx, FakeTensorMode, FlopCounterMode, ...
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    before_dispatch = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
-    traced = getattr(torch._C, "_get_tracing_state", None)  # torch.jit.trace
     return not (
-        (modes is not None and modes())
-        or (before_dispatch is not None and before_dispatch())
-        or (traced is not None and traced() is not None)
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _torch.transforms_active()
+        or _torch.modes_active()
     )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import check_choice
-from .flow import FeatureFlow
+from .flow.feature_flow import FeatureFlow
 
 SHAPES = ("linear", "cosine")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ffr_ext
-from ffr_ext import backends, taps
+from ffr_ext import backends
+from ffr_ext.flow import taps
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import sizes
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _ROW = 8  # integers that describe a tensor
@@ -107,12 +107,12 @@ def _gather(row, first, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(table, sizes, TENSORS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(table, units_of, TENSORS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     owner = _owner(table, program, TENSORS, ROW)
     row = table + owner * ROW
-    size = tl.load(sizes + 2 * owner)
-    first = (program - tl.load(sizes + 2 * owner + 1)) * BLOCK
+    size = tl.load(units_of + 2 * owner)
+    first = (program - tl.load(units_of + 2 * owner + 1)) * BLOCK
     if size == 8:
         _gather(row, first, tl.int64, BLOCK)
     elif size == 4:
@@ -143,8 +143,8 @@ def filter_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float, out: 
             NORM={1.0: 1, 2.0: 2, float("inf"): 0}[p],
             TENSORS=triton.next_power_of_2(len(rows)),
             ROW=_ROW,
-            BLOCK=config.FILTER_BLOCK,
-            num_warps=config.FILTER_WARPS,
+            BLOCK=sizes.FILTER_BLOCK,
+            num_warps=sizes.FILTER_WARPS,
         )
 
 
@@ -152,7 +152,7 @@ def compact_filters(
     tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int], outs: Sequence[Tensor]
 ) -> None:
     """`outs[i] = tensors[i].index_select(dims[i], keep[i])`. The indices have been checked."""
-    rows, sizes, programs = [], [], 0
+    rows, units_of, programs = [], [], 0
     for tensor, indices, dim, out in zip(tensors, keep, dims, outs, strict=True):
         outer, filters, inner = _split(tensor, dim)
         row_bytes = inner * tensor.element_size()
@@ -160,8 +160,8 @@ def compact_filters(
         bits = tensor.data_ptr() | out.data_ptr() | row_bytes | 8
         unit = bits & -bits
         units = outer * indices.numel() * (row_bytes // unit)
-        sizes.append([unit, programs])
-        programs += triton.cdiv(units, config.FILTER_BLOCK)
+        units_of.append([unit, programs])
+        programs += triton.cdiv(units, sizes.FILTER_BLOCK)
         pointers = [tensor.data_ptr(), out.data_ptr(), indices.data_ptr()]
         rows.append([programs, units, max(row_bytes // unit, 1), filters, max(indices.numel(), 1), *pointers])
     if programs == 0:
@@ -169,11 +169,11 @@ def compact_filters(
     with _device(outs[0]):
         gather_kernel[(programs,)](
             _table(rows, outs[0].device),
-            torch.tensor(sizes, dtype=torch.int64, device=outs[0].device),
+            torch.tensor(units_of, dtype=torch.int64, device=outs[0].device),
             TENSORS=triton.next_power_of_2(len(rows)),
             ROW=_ROW,
-            BLOCK=config.FILTER_BLOCK,
-            num_warps=config.FILTER_WARPS,
+            BLOCK=sizes.FILTER_BLOCK,
+            num_warps=sizes.FILTER_WARPS,
         )
 
 

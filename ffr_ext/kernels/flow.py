@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import sizes
 from .flow_kernels import add_slots_kernel, backward_signs_kernel, backward_squares_kernel, forward_kernel
 
 _WORDS = {2: tl.uint8, 4: tl.uint16, 8: tl.uint32}
@@ -70,7 +70,7 @@ def _forward_stage(
         return
     stage = [_aligned(feature) for feature in stage]
     shape = _StageShape.of(stage[0].dtype, numel, groups)
-    block = 32 * config.FORWARD_WARPS * config.FORWARD_ACCESSES * shape.vec
+    block = 32 * sizes.FORWARD_WARPS * sizes.FORWARD_ACCESSES * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
     # One tile: its sums are the group's, and go where they belong.
     slots = (
@@ -100,11 +100,11 @@ def _forward_stage(
             WORD=_WORDS[shape.vec],
             TERMS=triton.next_power_of_2(end - begin),
             BLOCK=block,
-            num_warps=config.FORWARD_WARPS,
+            num_warps=sizes.FORWARD_WARPS,
             num_stages=1,
         )
     while tiles > 1:
-        parts = triton.cdiv(tiles, config.ADD_PART)
+        parts = triton.cdiv(tiles, sizes.ADD_PART)
         sums = (
             stats
             if parts == 1
@@ -115,9 +115,9 @@ def _forward_stage(
             sums,
             tiles,
             parts,
-            PART=config.ADD_PART,
-            BLOCK=config.ADD_BLOCK,
-            num_warps=config.ADD_WARPS,
+            PART=sizes.ADD_PART,
+            BLOCK=sizes.ADD_BLOCK,
+            num_warps=sizes.ADD_WARPS,
             num_stages=1,
         )
         slots, tiles = sums, parts
@@ -204,9 +204,9 @@ def _backward_piece(
     read = stage.features[first_plane : min(last_plane + 3, stage.length)] if squared else ()
     targets = [None if grad is None else _aligned(grad) for grad in wanted]
     shape = _StageShape.of(tensors[0].dtype, stage.numel, stage.groups)
-    block = 32 * config.BACKWARD_WARPS * shape.vec
+    block = 32 * sizes.BACKWARD_WARPS * shape.vec
     tiles = triton.cdiv(shape.group_numel, block)
-    sizes: dict[str, Any] = dict(
+    common: dict[str, Any] = dict(
         LENGTH=len(wanted),
         LEAD=lead,
         PLANES=last_plane + 1 - first_plane,
@@ -215,7 +215,7 @@ def _backward_piece(
         COMPUTE=shape.compute,
         VEC=shape.vec,
         BLOCK=block,
-        num_warps=config.BACKWARD_WARPS,
+        num_warps=sizes.BACKWARD_WARPS,
         num_stages=1,
     )
     grid = (stage.groups * tiles,)
@@ -229,7 +229,7 @@ def _backward_piece(
             tiles,
             *at,
             READ=len(read),
-            **sizes,
+            **common,
         )
     else:
         bytes_per_plane = plane_bytes(stage.numel)
@@ -242,7 +242,7 @@ def _backward_piece(
             bytes_per_plane,
             *at,
             WORD=_WORDS[shape.vec],
-            **sizes,
+            **common,
         )
     for grad, target in zip(wanted, targets, strict=True):
         if grad is not None and target is not None and grad is not target:
@@ -260,7 +260,7 @@ class _StageShape(NamedTuple):
 
     @classmethod
     def of(cls, dtype: torch.dtype, numel: int, groups: int) -> "_StageShape":
-        vec = config.vector_length(dtype)
+        vec = sizes.vector_length(dtype)
         group_numel = numel // groups
         vector = group_numel % vec == 0
         if dtype == torch.float64:
@@ -274,19 +274,19 @@ def _aligned(tensor: Tensor) -> Tensor:
     Every mix of aligned and other pointers would otherwise be compiled anew, for seconds each time. Only
     views that begin inside of an allocation are ever copied: torch's allocators align to 64 bytes and more.
     """
-    return tensor if tensor.data_ptr() % config.ACCESS_BYTES == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % sizes.ACCESS_BYTES == 0 else tensor.clone()
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:
     """0 .. length in ranges of up to MAX_FEATURES."""
-    for begin in range(0, length, config.MAX_FEATURES):
-        yield begin, min(begin + config.MAX_FEATURES, length)
+    for begin in range(0, length, sizes.MAX_FEATURES):
+        yield begin, min(begin + sizes.MAX_FEATURES, length)
 
 
 def _check_signs(signs: Tensor) -> None:
-    if signs.data_ptr() % config.ACCESS_BYTES:
+    if signs.data_ptr() % sizes.ACCESS_BYTES:
         raise ValueError(
-            f"signs must begin at a multiple of {config.ACCESS_BYTES} bytes, got {signs.data_ptr():#x}"
+            f"signs must begin at a multiple of {sizes.ACCESS_BYTES} bytes, got {signs.data_ptr():#x}"
         )
 
 

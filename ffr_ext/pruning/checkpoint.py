@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 # What wrappers put in front of every name of a state dict that is saved from them.
 WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
@@ -88,35 +89,19 @@ def _key_hint(keys: list[str]) -> str:
 
 def _without_wrappers(state: Mapping[str, Any], model: nn.Module, where: str) -> Mapping[str, Any]:
     expected = set(model.state_dict())
-    stripped, removed = state, []
+    stripped: dict[str, Any] = copy.copy(state) if isinstance(state, dict) else dict(state)
+    removed = []
     while stripped and set(stripped) != expected:
         prefix = next((p for p in WRAPPERS if all(str(name).startswith(p) for name in stripped)), None)
         if prefix is None:
             return state
         removed.append(prefix)
-        stripped = _without_prefix(stripped, prefix)
+        consume_prefix_in_state_dict_if_present(stripped, prefix)
     if removed:
         whose = ", ".join(WRAPPERS[prefix] for prefix in removed)
         print(
             f"note: took the prefix {''.join(removed)!r} ({whose}) off all names in {where}", file=sys.stderr
         )
-    return stripped
-
-
-def _without_prefix(state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-    """The entries without the prefix, and the versions of the modules (`_metadata`) under names without it."""
-    stripped = OrderedDict((name.removeprefix(prefix), value) for name, value in state.items())
-    metadata = getattr(state, "_metadata", None)
-    if isinstance(metadata, Mapping):
-        # "" is the wrapper itself, the prefix without its dot the model in it, which is "" from now on. Names
-        # without the prefix are the model's own: somebody renamed the tensors only.
-        inner = {
-            f"{path}.".removeprefix(prefix).removesuffix("."): entry
-            for path, entry in metadata.items()
-            if f"{path}.".startswith(prefix)
-        }
-        outer = {path: entry for path, entry in metadata.items() if not f"{path}.".startswith(prefix)}
-        stripped._metadata = OrderedDict({**outer, **inner})  # type: ignore[attr-defined]
     return stripped
 
 

@@ -8,12 +8,16 @@ import importlib
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+from .checkpoint import load_checkpoint
+from .compaction import compact
+from .sparsity import sparsity
+from .zero import zero_small_filters
+
+Subparsers = Any  # what add_subparsers returns; argparse does not export its type
 
 
 def add_sparsity(commands: Subparsers) -> None:
@@ -75,8 +79,6 @@ def _add_input(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _run_sparsity(arguments: argparse.Namespace) -> int:
-    from .counting import sparsity
-
     with _clear_errors():
         model = _load(arguments)
         inputs = _inputs(arguments.input)
@@ -86,11 +88,6 @@ def _run_sparsity(arguments: argparse.Namespace) -> int:
 
 
 def _run_compact(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .compaction import compact
-    from .zeroing import zero_small_filters
-
     with _clear_errors():
         model = _load(arguments).eval()
         inputs = _inputs(arguments.input)
@@ -131,10 +128,6 @@ class _clear_errors:
 
 
 def _load(arguments: argparse.Namespace) -> torch.nn.Module:
-    import torch
-
-    from .checkpoint import load_checkpoint
-
     module_name, colon, function = arguments.model.partition(":")
     if not colon:
         raise ValueError(f"model: expected package.module:function, got {arguments.model!r}")
@@ -151,8 +144,6 @@ def _load(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def _inputs(shapes: list[str] | None) -> tuple[torch.Tensor, ...] | None:
-    import torch
-
     if not shapes:
         return None
     generator = torch.Generator().manual_seed(0)

@@ -15,27 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import optimizer as optimizer_state
-from . import rules, rules_layers, rules_norms, rules_shape  # noqa: F401  they fill the table of rules
-from .analysis import Analysis
-from .branches import dead_branches
-from .checking import Check, Mismatch
-from .composing import compose, may_continue, removed_by
-from .copying import copy_without_hooks, deep_copy, hooks_of
-from .distributed import check_same_on_all_ranks
-from .liveness import Options, Solver
-from .plan import CompactionPlan, check_plain_module, source_shapes
-from .planning import make_plan
-from .report import (
-    CompactionReport,
-    channel_sets,
-    count_bytes,
-    count_flops,
-    count_parameters,
-    measure_latency,
-)
-from .tracing import as_call, trace
-from .training import unreached_parameters
+from .._torch import hooks
+from ..models import as_call, copy_without_hooks, deep_copy
+from .graph.analysis import Analysis
+from .graph.branches import dead_branches
+from .graph.solver import Options, Solver
+from .graph.trace import trace
+from .measure import count_bytes, count_flops, count_parameters, measure_latency
+from .ranks import check_same_on_all_ranks
+from .report import CompactionReport, channel_sets
+from .surgery import optimizer as optimizer_state
+from .surgery.compose import compose, may_continue, removed_by
+from .surgery.make_plan import make_plan
+from .surgery.plan import CompactionPlan, check_plain_module, source_shapes
+from .verify import Check, Mismatch, unreached_parameters
 
 # Each round removes something, so they end anyway. Among 200 random graphs none needed more than two.
 MAX_ROUNDS = 8
@@ -205,7 +198,7 @@ class _Search:
         them."""
         base = copy_without_hooks(self.model)
         try:
-            if any(hooks_of(m) for m in self.model.modules()):
+            if any(hooks(m) for m in self.model.modules()):
                 self.check.require_equal(base)
         except Mismatch as error:
             raise ValueError(

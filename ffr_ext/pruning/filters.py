@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ def filter_dim(module: nn.Module) -> int | None:
     """The dimension of `module.weight` that counts the filters, or None for a module without filters."""
     if not isinstance(getattr(module, "weight", None), Tensor):
         return None
-    if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+    if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         return 0
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return (
             1
             if module.groups == 1

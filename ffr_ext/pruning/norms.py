@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
-from .layout import dense, tensor_list
 
 NORM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -111,3 +110,28 @@ def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> l
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def tensor_list(name: str, tensors: Any) -> list[Tensor]:
+    """`tensors` as a list, or TypeError naming the argument and the index."""
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{name}: expected a sequence of tensors, got one Tensor; pass [tensor]")
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
+    listed = list(tensors)
+    for index, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{index}]: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}[{index}]: expected a dense (strided) tensor, got layout {tensor.layout}")
+    return listed
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself, or a copy without gaps and overlaps whose dimensions have the same order in memory."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+    ordered = tensor.permute(order)
+    if ordered.is_contiguous():
+        return tensor
+    return ordered.contiguous().permute([order.index(d) for d in range(len(order))])

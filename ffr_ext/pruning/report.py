@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from .copying import deep_copy
-from .liveness import Solver
-from .states import on_cpu
-from .tracing import evaluating
+from .graph.solver import Solver
+from .graph.states import on_cpu
 
 # Below this gain a smaller model is not called faster: run-to-run noise is of that size.
 NO_GAIN = 0.98
@@ -151,73 +145,3 @@ def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
                 ChannelSet(tuple(axes), members.numel(), int(removed[members].sum()), dict(reasons))
             )
     return result
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-
-
-def count_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """FLOPs of one forward pass."""
-    return flop_counter(model, args, kwargs).get_total_flops()
-
-
-def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch's `FlopCounterMode` after one forward pass, without data where the forward code allows that."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # Copies: a forward may keep tensors, and fake ones must not stay in the model. Without gradients: FlopCounterMode
-    # fails where a module is called with a tensor that wants one, such as a class token.
-    trial = deep_copy(model).requires_grad_(False)
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-    try:
-        with (
-            evaluating(trial),
-            FakeTensorMode(allow_non_fake_inputs=True) as fake,
-            FlopCounterMode(display=False) as counter,
-        ):
-            trial(*_to_fake(args, fake), **_to_fake(kwargs, fake))
-    except Exception:  # a forward that looks at values
-        trial = deep_copy(model).requires_grad_(False)
-        with evaluating(trial), FlopCounterMode(display=False) as counter:
-            trial(*args, **kwargs)
-    return counter
-
-
-def _to_fake(values: Any, fake: Any) -> Any:
-    return pytree.tree_map_only(Tensor, fake.from_tensor, values)
-
-
-def measure_latency(
-    models: tuple[nn.Module, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float = 0.5
-) -> tuple[float, float]:
-    """Median seconds of a forward pass of each, run in turns so that both see the same machine."""
-    times: tuple[list[float], list[float]] = ([], [])
-    with evaluating(*models):
-        for model in models:
-            _timed(model, args, kwargs)
-        begin = time.perf_counter()
-        while len(times[0]) < 3 or (len(times[0]) < 50 and time.perf_counter() - begin < seconds):
-            for model, taken in zip(models, times, strict=True):
-                taken.append(_timed(model, args, kwargs))
-    before, after = (sorted(t)[len(t) // 2] for t in times)
-    return before, after
-
-
-def _timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    _synchronize(device)
-    begin = time.perf_counter()
-    model(*args, **kwargs)
-    _synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()

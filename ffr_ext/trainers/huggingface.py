@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..flow import FeatureFlow
-from ..layers import LayerSpec
+from ..flow.feature_flow import FeatureFlow
+from ..flow.layers import LayerSpec
 from ..schedules import WeightSchedule
 
 

@@ -11,8 +11,8 @@ try:
 except ModuleNotFoundError:  # the older distribution of the same code
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
-from ..flow import FeatureFlow
-from ..layers import LayerSpec
+from ..flow.feature_flow import FeatureFlow
+from ..flow.layers import LayerSpec
 from ..schedules import WeightSchedule
 
 

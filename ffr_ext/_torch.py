@@ -1,0 +1,129 @@
+"""Every question that this package puts to torch's private parts, and what holds where a torch has no answer.
+
+No other file uses a private name of torch. `tests/test_torch_private.py` names each function here and runs it with the
+private name taken away: an upgrade of torch reads this file and that test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# ------------------------------------------------------------------------------------------------------------
+# Inputs and outputs of any nesting. torch 2.15 has no public pytree that a model's own output classes are in.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """All leaves of nested tuples, lists, dicts and registered classes."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `function(leaf)` in the place of every leaf."""
+    return _pytree.tree_map(function, tree)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """`tree_map` for the leaves that are tensors."""
+    return _pytree.tree_map_only(Tensor, function, tree)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who is computing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def graph_task() -> int:
+    """A number for the backward pass that runs on this thread, -1 where none does. Without the question -1: every
+    backward pass is then taken for the same, and recomputation for a forward pass."""
+    ask = getattr(torch._C, "_current_graph_task_id", None)
+    return -1 if ask is None else int(ask())
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform runs. Without the question: none does."""
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return ask is not None and bool(ask())
+
+
+def modes_active() -> bool:
+    """Whether make_fx, FakeTensorMode, FlopCounterMode or the like intercepts operators. Without the question: none
+    does."""
+    stack = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    before = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
+    return bool((stack is not None and stack()) or (before is not None and before()))
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Decorator: torch.compile takes the result for a constant instead of tracing the function. What
+    `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tensors and modules
+# ------------------------------------------------------------------------------------------------------------
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often the tensor was written in place; None where torch does not count (inference mode)."""
+    return None if tensor.is_inference() else getattr(tensor, "_version", None)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """The hooks on a module. (Two of the tables hold flags for the keys of another.)"""
+    return [hook for table in _tables(module) for hook in table.values() if not isinstance(hook, bool)]
+
+
+def keep_hooks(module: nn.Module, wanted: Callable[[Any], bool]) -> None:
+    """Take all hooks off the module but those that are wanted."""
+    tables = list(_tables(module))
+    for table in tables:
+        for key, hook in list(table.items()):
+            if not isinstance(hook, bool) and not wanted(hook):
+                for (
+                    each
+                ) in tables:  # keys are unique over all tables, and the flags have those of their hooks
+                    each.pop(key, None)
+
+
+def _tables(module: nn.Module) -> Iterator[MutableMapping[Any, Any]]:
+    for name in _HOOKS:
+        table = getattr(module, name, None)
+        if isinstance(table, MutableMapping):
+            yield table
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Operators of an exported graph
+# ------------------------------------------------------------------------------------------------------------
+
+
+def schema(target: Any) -> Any:
+    """The schema of an operator; None for a plain Python function such as `operator.getitem`."""
+    return getattr(target, "_schema", None)
+
+
+def overload_name(target: Any) -> str:
+    """ "Tensor" for aten.add.Tensor, "default" where it has no name."""
+    name: str = schema(target).overload_name
+    return name or "default"

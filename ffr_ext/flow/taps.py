@@ -1,0 +1,310 @@
+"""Gradients just in time: each feature's penalty gradient is made right before its layer's own backward.
+
+A penalty that is one autograd node with L inputs writes all L gradients when the backward pass starts, and
+they stay until each layer is reached: as much memory again as the features. Here a feature gets a node of its
+own at the moment it is captured, a `Tap`, whose output is a 0-dim token; `Collect` runs the one-pass forward
+kernel over all features and takes all tokens. Autograd runs nodes in the reverse order of their creation, so
+tap l runs between the backward of layer l+1 and that of layer l.
+
+Only the tokens are differentiable inputs of `Collect`; the features reach it by the side. What the taps need
+(packed signs for l1, otherwise the features; and the coefficients) is saved by `Collect` as by any node, and
+in its backward pass handed to the taps through the `Walk` they share.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import compiled, ops
+from .._torch import graph_task, transforms_active
+from ..autograd import DOUBLE_BACKWARD, _with_strides
+from ..stages import Layout, Stage, align, kernel_layouts, stage_features
+from .pending import MIN_BYTES, Counts, PendingGradient, as_dense, counts_when_owned
+
+_LOST = (
+    "FeatureFlow: a captured feature was reached outside the backward pass of its loss. Two backward passes "
+    "through one graph at the same time are not supported"
+)
+
+
+def can_tap(feature: Tensor) -> bool:
+    """Whether a feature can get a tap, here and now.
+
+    Not while torch.compile traces (a compiled graph has one backward node for all its layers), not under a
+    torch.func transform, and not a tensor subclass.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and feature.requires_grad
+        and type(feature) in (Tensor, torch.nn.Parameter)
+        and not transforms_active()
+    )
+
+
+def tap(feature: Tensor) -> tuple[Slot, Tensor]:
+    """A tap on `feature`: its slot and its token. Nothing is computed and nothing saved until `collect`."""
+    slot = Slot(Layout.of(feature))
+    token: Tensor = _apply_tap(slot, feature)
+    # A hook that is there already would see a pending gradient, and a leaf would keep it.
+    if feature.nbytes >= MIN_BYTES and not feature.is_leaf and not feature._backward_hooks:
+        slot.pending = True
+        feature.register_hook(as_dense)
+    return slot, token
+
+
+class Slot:
+    """A captured feature as its tap knows it: how it lies in memory, and where it stands in the walks."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.places: list[tuple[Walk, int]] = []
+        self.pending = False  # whether its gradient may be added in place
+        self.owned: Counts | None = None  # to an incoming gradient with these counts
+
+    def gradient(self) -> Tensor | None:
+        """The penalty's gradient of the feature, in the running backward pass; None if there is none."""
+        total: Tensor | None = None
+        for walk, place in self.places:
+            live = walk.live
+            if live is None or live.task != graph_task():
+                raise RuntimeError(_LOST)
+            if live.coef is None:
+                continue  # this part of the loss was not differentiated
+            made, mapped = walk.made[place], walk.mapped[place]
+            alone = len(self.places) == 1 and not mapped and made == self.layout
+            if alone and self.owned is not None and not _compiled_autograd():
+                return PendingGradient(made, live.coef.device, partial(live.write, place), self.owned)
+            if (
+                total is not None
+                and not mapped
+                and (made.dtype, made.strides) == (total.dtype, total.stride())
+            ):
+                live.write(place, total, accumulate=True)
+                continue
+            grad = torch.empty_strided(made.shape, made.strides, dtype=made.dtype, device=live.coef.device)
+            live.write(place, grad, accumulate=False)
+            if made != self.layout or mapped:
+                grad = grad.to(self.layout.dtype)
+                if mapped:
+                    grad = unpool(grad, self.layout.shape)
+                grad = _with_strides(grad, self.layout)
+            total = grad if total is None else total.add_(grad)
+        return total
+
+
+def _compiled_autograd() -> bool:
+    """Whether torch.compile runs this backward pass: then the additions are not autograd's own."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)
+
+
+class Tap(torch.autograd.Function):
+    """`Tap.apply(slot, feature) -> token`. Saves no tensor, so recomputation (checkpointing) fits."""
+
+    @staticmethod
+    def forward(ctx: Any, slot: Slot, feature: Tensor) -> Tensor:
+        ctx.slot = slot
+        ctx.set_materialize_grads(False)
+        return feature.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _grad_token: Tensor | None) -> tuple[None, Tensor | None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return None, ctx.slot.gradient()
+
+
+# Without Function.apply's questions about torch.func, which `can_tap` has asked.
+_apply_tap = super(torch.autograd.Function, Tap).apply
+
+
+class Collect(torch.autograd.Function):
+    """`Collect.apply(walk, features, slots, *tokens) -> stats`, differentiable through the slots' taps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, walk: Walk, features: list[Tensor], slots: Sequence[Slot | None], *tokens: Tensor
+    ) -> Tensor:
+        ctx.walk = walk
+        ctx.tokens = len(tokens)
+        ctx.set_materialize_grads(False)
+        stats, saved = walk.run(features, slots, save=bool(tokens))
+        ctx.save_for_backward(*saved)
+        return stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        if grad_stats is None:
+            ctx.walk.live = _Live(ctx.walk, None, ())
+            return (None,) * (3 + ctx.tokens)
+        # .sum() and .mean() send stride 0.
+        ctx.walk.live = _Live(ctx.walk, grad_stats.contiguous(), ctx.saved_tensors)
+        # Autograd makes a tap's stream wait for this one only if a tensor on the device flows between them.
+        zero = torch.zeros((), device=grad_stats.device) if grad_stats.is_cuda else None
+        return (None, None, None, *(zero,) * ctx.tokens)
+
+
+def collect(
+    slots: Sequence[Slot | None],
+    tokens: Sequence[Tensor],
+    features: list[Tensor],
+    stages: Sequence[Stage],
+    squared: bool,
+    per_sample: bool,
+    backend: str,
+) -> Tensor:
+    """The sums of `stages` (`functional.StatsMaker`), differentiable through the taps of the features."""
+    tapped = [slot for slot in slots if slot is not None]
+    for slot in tapped[:-1]:  # with the penalty alone the last one has no incoming gradient
+        if slot.pending:
+            slot.owned = counts_when_owned(features[0].device)
+    return Collect.apply(Walk(stages, squared, per_sample, backend), features, slots, *tokens)
+
+
+class Walk:
+    """One call of the forward kernel, over stages of one device. A place is an index into its features."""
+
+    def __init__(self, stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> None:
+        self.stages = stages
+        self.squared = squared
+        self.per_sample = per_sample
+        self.kernels = ops.flow_kernels(backend)
+        self.groups = [stage.batch if per_sample else 1 for stage in stages]
+        self.stage_of: list[int] = []
+        self.first: list[int] = []  # place of each stage's first walked feature
+        self.made: list[Layout] = []  # how the kernel writes the gradient at each place
+        self.mapped: list[bool] = []  # whether a place is a feature pooled from the earlier stage
+        self.readers: list[int] = []  # taps that read the value at each place: those within two steps
+        self.taps = 0
+        self.live: _Live | None = None
+
+    def run(
+        self, features: list[Tensor], slots: Sequence[Slot | None], save: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """stats, and what to save: the packed signs, or the walked features."""
+        walked: list[Tensor] = []
+        aligned: list[Tensor] = []
+        for index, stage in enumerate(self.stages):
+            values = stage_features(features, stage)
+            self.first.append(len(walked))
+            self.stage_of += [index] * stage.length
+            self.made += kernel_layouts([Layout.of(value) for value in values], self.per_sample)
+            self.mapped += [position < stage.tail for position in range(stage.length)]
+            self.readers += [0] * stage.length
+            walked += values
+            aligned += align(values, self.per_sample)
+            for position in range(stage.length) if save else ():
+                slot = slots[stage.first - stage.tail + position]
+                if slot is not None:
+                    slot.places.append((self, len(self.made) - stage.length + position))
+                    self.taps += 1
+                    for near in self.near(self.first[index] + position):
+                        self.readers[near] += 1
+        lengths = [stage.length for stage in self.stages]
+        stats, signs = compiled.empty_stats(aligned, lengths, self.groups, save and not self.squared)
+        self.kernels.forward(aligned, lengths, self.groups, self.squared, stats, signs)
+        if not save:
+            return stats, []
+        return stats, walked if self.squared else [signs]
+
+    def near(self, place: int) -> range:
+        """The places whose values the gradient at `place` is made of."""
+        index = self.stage_of[place]
+        first = self.first[index]
+        return range(max(place - 2, first), min(place + 3, first + self.stages[index].length))
+
+
+class _Live:
+    """What the taps of a walk need during a backward pass; a value is let go when its last reader has run."""
+
+    def __init__(self, walk: Walk, coef: Tensor | None, saved: Sequence[Tensor]) -> None:
+        self.task = graph_task()
+        self.walk = walk
+        self.coef = coef
+        self.values: list[Tensor | None] = list(saved) if walk.squared else []
+        # Of every stage the slices of coef and of the packed signs (without signs: empty).
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        if coef is not None:
+            entries = [ops.stats_entries(s.length, g) for s, g in zip(walk.stages, walk.groups, strict=True)]
+            planes = [0 if walk.squared else ops.sign_bytes(s.length, s.numel) for s in walk.stages]
+            signs = coef.new_empty(0, dtype=torch.uint8) if walk.squared else saved[0]
+            self.parts = list(zip(coef.split(entries), signs.split(planes), strict=True))
+        self.readers = list(walk.readers)
+        self.taps = walk.taps
+        self.stream = _stream(coef)
+
+    def write(self, place: int, grad: Tensor, accumulate: bool) -> None:
+        """Run the kernel for the feature at `place`."""
+        walk = self.walk
+        index = walk.stage_of[place]
+        stage, first = walk.stages[index], walk.first[index]
+        coef, signs = self.parts[index]
+        features: list[Tensor] = []
+        if walk.squared:
+            features = [grad.new_empty(0)] * stage.length  # those that are not near are not read
+            for near in walk.near(place):
+                features[near - first] = self._value(near)
+        self._used_on_this_stream([coef, signs, *features])
+        walk.kernels.backward_at(
+            features,
+            signs,
+            coef,
+            stage.length,
+            stage.numel,
+            walk.groups[index],
+            walk.squared,
+            place - first,
+            grad,
+            accumulate,
+        )
+        self._release(place)
+
+    def _value(self, place: int) -> Tensor:
+        """The feature at `place` as the kernel walks it; if that takes a copy, it is made once."""
+        value = self.values[place]
+        assert value is not None
+        if value.stride() != self.walk.made[place].strides:
+            value = self.values[place] = value.contiguous()
+        return value
+
+    def _release(self, place: int) -> None:
+        for near in self.walk.near(place) if self.walk.squared else ():
+            self.readers[near] -= 1
+            if self.readers[near] == 0:
+                self.values[near] = None
+        self.taps -= 1
+        if self.taps == 0:
+            self.walk.live = None
+
+    def _used_on_this_stream(self, tensors: list[Tensor]) -> None:
+        """Keep memory that another stream allocated until this stream has read it."""
+        here = _stream(self.coef)
+        if here != self.stream:
+            for tensor in tensors:
+                tensor.record_stream(here)
+
+
+def _stream(tensor: Tensor | None) -> Any:
+    return torch.cuda.current_stream(tensor.device) if tensor is not None and tensor.is_cuda else None
+
+
+def unpool(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of `reference.pool_to`: from the pooled and padded shape back to `shape`."""
+    count = 1
+    if grad.dim() > 1:
+        grad = grad.narrow(1, 0, shape[1])
+    for axis in range(2, grad.dim()):
+        ratio = shape[axis] // max(grad.shape[axis], 1)
+        if ratio > 1:
+            grad = grad.repeat_interleave(ratio, axis)
+            count *= ratio
+    return grad / count if count > 1 else grad

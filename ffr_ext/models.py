@@ -1,0 +1,97 @@
+"""Any user's model: how it is called, put in eval mode, copied, and what its tensors are called."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._torch import keep_hooks, tree_leaves
+
+# Says nothing of the model: never turned into an error that does.
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+# Whose hooks are part of a model: torch.nn.utils computes weights from other parameters in them, transformers collects
+# hidden states, for its own decoders too.
+_PART_OF_THE_MODEL = ("torch.nn.utils.", "transformers.")
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as the positional and keyword arguments of one call of the model."""
+    for value in tree_leaves(example_inputs):
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):
+            kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+            raise ValueError(f"example_inputs: expected dense (strided) tensors, got {kind}")
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "example_inputs: expected a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in eval mode and no gradients inside; every module's own mode afterwards."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter and buffer -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in all_tensors(model):
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, under every name they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """`copy.deepcopy`, which by itself refuses a tensor with a graph: one that a forward has kept (a feature, a
+    cache) comes along without its graph."""
+    kept: dict[int, Any] = {}
+    for module in model.modules():
+        for value in tree_leaves([vars(module), dict(module.named_buffers(recurse=False))]):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                kept[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, kept)
+
+
+def copy_without_hooks(model: nn.Module) -> nn.Module:
+    """A deep copy with gradients. Hooks that watch (features, timing) stay with the source; those that belong to the
+    model come along."""
+    result = deep_copy(model)
+    for (_, old), (_, new) in zip(model.named_modules(), result.named_modules(), strict=True):
+        keep_hooks(new, _is_part_of_the_model)
+        copies = dict(new.named_parameters(recurse=False))
+        for name, tensor in old.named_parameters(recurse=False):
+            if tensor.grad is not None and copies[name].grad is None:
+                copies[name].grad = tensor.grad.detach().clone()
+    return result
+
+
+def _is_part_of_the_model(hook: Any) -> bool:
+    owner = hook if hasattr(hook, "__qualname__") else type(hook)  # a function, or an object
+    where = owner.__module__
+    return isinstance(where, str) and where.startswith(_PART_OF_THE_MODEL)

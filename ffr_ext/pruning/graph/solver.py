@@ -1,0 +1,253 @@
+"""Which channels may leave: the largest set whose absence no kept output notices."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..norms import filter_norms
+from .analysis import Analysis, Constraint, Read
+from .channels import ResolvedSets
+from .states import on_cpu
+
+
+@dataclass(frozen=True)
+class Options:
+    round_to: int = 1
+    min_channels: int = 1
+
+
+class Solver:
+    """Starts from "every channel that is not pinned leaves" and takes back what some kept output needs.
+
+    A live channel that only dead filters read is gone together with them, so starting from the other end
+    (dead filters first) would find less. Each round can only take back, so it ends.
+    """
+
+    @on_cpu
+    def __init__(self, analysis: Analysis, options: Options) -> None:
+        self.analysis = analysis
+        self.options = options
+        self.sets: ResolvedSets = analysis.sets.resolve()
+        channel_of = self.sets.channel_of
+        self.axes = {
+            (name, dim): channel_of[labels]
+            for name, dims in analysis.labels.items()
+            for dim, labels in enumerate(dims)
+            if labels is not None
+        }
+        self.family = self._families()
+        self.reads = [(r, channel_of[r.inputs], channel_of[r.outputs]) for r in reversed(analysis.reads)]
+        self.parts = [
+            (c, [channel_of[p] for p in c.parts], [channel_of[p] for p in c.inputs])
+            for c in analysis.constraints
+        ]
+        self.absorbing = _absorbing_reads(analysis)
+        self.reasons: dict[int, str] = {}
+        self.gave_back = False  # the last `solve` kept dead channels for a size
+        self._strength: Tensor | None = None
+
+    def _families(self) -> Tensor:
+        """Channels that share a dimension of some parameter, directly or through others: one number for each
+        family."""
+        family = torch.arange(len(self.sets))
+        while True:
+            before = family.clone()
+            for channels in self.axes.values():
+                family[channels] = family[channels].min()
+            family = family[family]
+            if torch.equal(before, family):
+                return family
+
+    @on_cpu
+    def translate(self, channels: Tensor, other: Solver) -> Tensor:
+        """The channels of parameters that are `channels` of another solver, whose analysis may number them
+        differently."""
+        mine = torch.zeros(len(self.sets), dtype=torch.bool)
+        for axis, numbers in self.axes.items():
+            if axis in other.axes:
+                mine[numbers[channels[other.axes[axis]]]] = True
+        return mine
+
+    @on_cpu
+    def solve(self, forbidden: Tensor | None = None) -> Tensor:
+        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
+        self.reasons = {}
+        self.gave_back = False
+        removed = ~self.sets.pinned
+        if forbidden is not None:
+            removed &= ~forbidden
+        # Channels that stay, but that no output depends on: kept for a size, or as a constant. What they in
+        # turn are made from need not stay. So a dead branch that must keep one channel loses all its other
+        # weights.
+        spare = torch.zeros_like(removed)
+        while True:
+            self._take_back_needed(removed, spare)
+            if not self._restore(removed, spare):
+                return removed
+
+    # ---------------------------------------------------------------------------------------------------
+    # What kept outputs need
+    # ---------------------------------------------------------------------------------------------------
+
+    def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
+        changed = True
+        while changed:
+            changed = False
+            for read, inputs, outputs in self.reads:
+                gone, unneeded = removed[inputs], (removed | spare)[inputs]
+                if not bool(unneeded.any()):
+                    continue
+                blocked = (
+                    unneeded & read.live & read.uses[~(removed | spare)[outputs] & ~read.silenced].any(0)
+                )
+                if bool(blocked.any()):
+                    changed = True
+                    self._explain(read, inputs, blocked)
+                    removed[inputs[blocked]] = False
+                    spare[inputs[blocked]] = False
+                inexact = ~read.live & (read.value != 0) & ~(read.absorbable & self.absorbing[id(read)])
+                blocked = gone & inexact & read.uses[~removed[outputs]].any(0)
+                blocked &= removed[inputs]
+                if bool(blocked.any()):
+                    changed = True
+                    self._explain(read, inputs, blocked)
+                    removed[inputs[blocked]] = False
+                    spare[inputs[blocked]] = True
+
+    def _explain(self, read: Read, inputs: Tensor, blocked: Tensor) -> None:
+        refusal = read.refusal or "the layer is used several times, with different constants"
+        for i in blocked.nonzero().flatten().tolist():
+            if bool(read.live[i]):
+                text = f"live, and read by {read.where}"
+            else:
+                text = f"constant {float(read.value[i]):.6g} that {read.where} cannot absorb: {refusal}"
+            self.reasons.setdefault(int(inputs[i]), text)
+
+    # ---------------------------------------------------------------------------------------------------
+    # Sizes that must fit
+    # ---------------------------------------------------------------------------------------------------
+
+    def _restore(self, removed: Tensor, spare: Tensor) -> bool:
+        """Give back dead channels, the strongest first, until every dimension has an allowed size."""
+        before, needed_before = removed.clone(), (removed | spare).clone()
+        for (name, dim), channels in self.axes.items():
+            size = channels.numel()
+            kept = size - int(removed[channels].sum())
+            if kept == size:
+                continue
+            needed = max(kept, 1)
+            if self.analysis.out_axes.get(name) == dim:
+                needed = max(needed, min(size, self.options.min_channels))
+                needed = min(size, math.ceil(needed / self.options.round_to) * self.options.round_to)
+            if needed > kept:
+                at_least = kept < min(size, max(1, self.options.min_channels))
+                why = "min_channels" if at_least else f"round_to={self.options.round_to}"
+                self._give_back(removed, spare, channels, needed - kept, f"dead, kept for {why}")
+        for constraint, parts, inputs in self.parts:
+            self._fit(removed, spare, constraint, parts, inputs)
+        for constraint, parts, _ in self.parts:
+            if constraint.kind == "whole":  # every channel of a kept group is in the statistics of the others
+                for part in parts:
+                    if not bool(removed[part].all()):
+                        spare[part] = False
+        return not (torch.equal(before, removed) and torch.equal(needed_before, removed | spare))
+
+    def _fit(
+        self,
+        removed: Tensor,
+        spare: Tensor,
+        constraint: Constraint,
+        parts: list[Tensor],
+        inputs: list[Tensor],
+    ) -> None:
+        why = f"dead, kept because {constraint.where} needs parts of one size"
+        if constraint.kind == "whole":
+            for part in parts:
+                if not bool(removed[part].all()):
+                    self._give_back(
+                        removed, spare, part, part.numel(), f"dead, kept with its group in {constraint.where}"
+                    )
+            return
+        if constraint.kind == "equal":
+            self._level(removed, spare, parts, why)
+            return
+        present = [
+            i
+            for i in range(len(parts))
+            if not bool(removed[parts[i]].all()) or not bool(removed[inputs[i]].all())
+        ] or [0]
+        self._level(removed, spare, [parts[i] for i in present], why)
+        self._level(removed, spare, [inputs[i] for i in present], why)
+
+    def _level(self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str) -> None:
+        kept = [part.numel() - int(removed[part].sum()) for part in parts]
+        most = max(1, *kept) if len(kept) > 1 else max(1, kept[0])
+        for part, count in zip(parts, kept, strict=True):
+            self._give_back(removed, spare, part, most - count, why)
+
+    def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
+        gone = channels[removed[channels]].unique()
+        if count <= 0 or not gone.numel():
+            return
+        strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
+        removed[strongest] = False
+        spare[strongest] = True
+        self.gave_back = True
+        for channel in strongest.tolist():
+            self.reasons.setdefault(channel, why)
+
+    @on_cpu
+    def strength(self) -> Tensor:
+        """Sum of squares of all filters of a channel: which of the dead to keep, where some must be."""
+        if self._strength is None:
+            self._strength = torch.zeros(len(self.sets), dtype=torch.float64)
+            by_dim: dict[int, list[str]] = defaultdict(list)
+            for name, dim in self.analysis.out_axes.items():
+                if (name, dim) in self.axes and self.analysis.graph.tensors[name].is_floating_point():
+                    by_dim[dim].append(name)
+            for dim, names in by_dim.items():
+                norms = filter_norms([self.analysis.graph.tensors[n].detach() for n in names], 2, dim)
+                for name, values in zip(names, norms, strict=True):
+                    self._strength.index_add_(0, self.axes[name, dim], values.cpu().double() ** 2)
+        return self._strength
+
+    # ---------------------------------------------------------------------------------------------------
+
+    @on_cpu
+    def why_kept(self, channel: int) -> str:
+        if bool(self.sets.pinned[channel]):
+            return self.sets.pin_reason(channel)
+        return self.reasons.get(channel, "live")
+
+
+def _absorbing_reads(analysis: Analysis) -> dict[int, Tensor]:
+    """For each read the inputs whose constants the bias may take up, looking at all users of that bias.
+
+    A layer that is called twice has one bias: it can take up only what is the same constant in both calls. A
+    bias that something else uses as well cannot change at all.
+    """
+    by_bias: dict[tuple[str, int], list[Read]] = defaultdict(list)
+    sites: Counter[str] = Counter()
+    for read in analysis.reads:
+        if read.bias is not None:
+            by_bias[read.bias.name, read.bias.offset].append(read)
+            sites[read.bias.name] += read.bias.offset == 0
+    users: Counter[str] = Counter()
+    for node, name in analysis.graph.tensor_names.items():
+        users[name] += len(node.users)
+    result = {id(r): torch.ones_like(r.live) for r in analysis.reads}
+    for (name, _), reads in by_bias.items():
+        target = reads[0].bias
+        assert target is not None
+        exclusive = not target.exists or users[name] == sites[name]
+        for read in reads:
+            same = torch.full_like(read.live, exclusive)
+            for other in reads:
+                same &= (other.value == read.value) & (other.live == read.live) & other.absorbable
+            result[id(read)] = same
+    return result

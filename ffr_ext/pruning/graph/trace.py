@@ -1,0 +1,101 @@
+"""The graph that compaction walks: `torch.export` of the model in eval mode, with module paths and parameter
+names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ... import _torch
+from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating
+
+
+@dataclass
+class TracedGraph:
+    """Nodes in the order of execution; for a placeholder the tensor it stands for."""
+
+    nodes: list[Node]
+    tensor_names: dict[Node, str]  # placeholder -> name of its parameter or buffer, one name for tied ones
+    tensors: dict[str, Tensor]
+    name_of: dict[str, str]  # every name of a parameter or buffer -> its one name in `tensors`
+    modules: dict[str, nn.Module]
+    constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
+    """Export the model in eval mode. ValueError with the reason where `torch.export` cannot."""
+    with evaluating(model):
+        try:
+            exported = torch.export.export(model, args, kwargs, strict=False)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"torch.export could not trace {type(model).__name__} with these example_inputs, "
+                "so nothing "
+                f"is known about its channels: {type(error).__name__}: {error}"
+            ) from error
+    signature = exported.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = canonical_names(model)
+    tensors = dict(all_tensors(model))
+    graph = TracedGraph(
+        list(exported.graph.nodes),
+        {},
+        {n: tensors[n] for n in dict.fromkeys(names.values())},
+        names,
+        dict(model.named_modules(remove_duplicate=False)),
+    )
+    lifted = signature.inputs_to_lifted_tensor_constants
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in named:
+            graph.tensor_names[node] = names[named[node.name]]
+        elif node.name in lifted:
+            graph.constants[node] = exported.constants[lifted[node.name]]
+    return graph
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module whose forward made this node; "" is the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0]
+    # A module called a second time has the path "name@1".
+    return re.sub(r"@\d+", "", path)
+
+
+def module_paths(node: Node) -> list[str]:
+    """The paths of all modules the node is inside of, outermost first, calls told apart ("name@1")."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [entry[0] for entry in stack.values()]
+
+
+def op_name(node: Node) -> str:
+    """ "conv2d" for aten.conv2d.default, "getitem" for operator.getitem."""
+    schema = _torch.schema(node.target)
+    if schema is None:
+        return getattr(node.target, "__name__", str(node.target))
+    name = schema.name
+    return name.removeprefix("aten::")
+
+
+def out_of_place_name(node: Node) -> str:
+    """`op_name`, without the underscore of an op in place. (Tags say which those are from torch 2.13 on.)"""
+    name = op_name(node)
+    arguments = getattr(_torch.schema(node.target), "arguments", [])
+    writes = bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+    return name.removesuffix("_") if writes and not name.endswith("__") else name
+
+
+def where(node: Node) -> str:
+    """How messages name a node: its op, and the module it is in."""
+    path = module_path(node)
+    return f"{op_name(node)} in {path}" if path else f"{op_name(node)} in the model's own forward"

@@ -1,0 +1,254 @@
+"""The GPU kernels' machine code, read without a GPU: registers, spills, local memory, width of the accesses.
+
+Slow memory hides in two places that no result shows: local memory (spills, arrays indexed at run time) and
+narrow accesses. The compiler's resource report and the disassembly name both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from machine_code import cuobjdump, instructions, resources, widths
+
+ROOT = Path(__file__).parents[2]
+TRITON_ARCHS = [80, 90, 100]
+CUDA_ARCHS = [80, 90, 100, 120]
+CUDA_SOURCES = ["flow_forward", "flow_backward", "filters"]
+
+# Some minutes of compiling on two cores.
+pytestmark = pytest.mark.slow
+needs_cuobjdump = pytest.mark.skipif(
+    cuobjdump() is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton"
+)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+class Kernel(NamedTuple):
+    name: str
+    registers: int
+    stack: int
+    local: int
+    code: list[str]
+
+    @classmethod
+    def all_of(cls, cubin: Path) -> list[Kernel]:
+        code = instructions(cubin)
+        return [cls(name, r.registers, r.stack, r.local, code[name]) for name, r in resources(cubin).items()]
+
+    def assert_no_slow_memory(self) -> None:
+        assert self.stack == 0, f"{self.name}: {self.stack} bytes of stack"
+        assert self.local == 0, f"{self.name}: {self.local} bytes of local memory"
+        spilled = [i for i in self.code if i.startswith(("LDL", "STL"))]
+        assert not spilled, f"{self.name}: {len(spilled)} accesses to local memory"
+
+
+# ------------------------------------------------------------------------------------------------ CUDA
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Kernel]]:
+    """Every kernel of every source for every architecture."""
+    directory = Path(tmp_path_factory.mktemp("cubins"))
+
+    def compile_one(key: tuple[int, str]) -> list[Kernel]:
+        arch, source = key
+        cubin = directory / f"{source}.{arch}.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings"]
+        command += [f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), str(ROOT / f"csrc/cuda/{source}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Kernel.all_of(cubin)
+
+    keys = [(arch, source) for arch in CUDA_ARCHS for source in CUDA_SOURCES]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(keys, pool.map(compile_one, keys), strict=True))
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("source", CUDA_SOURCES)
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_cuda_kernels_use_no_local_memory(arch: int, source: str, cuda_kernels: Any) -> None:
+    assert cuda_kernels[arch, source]
+    for kernel in cuda_kernels[arch, source]:
+        kernel.assert_no_slow_memory()
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_cuda_kernels_access_16_bytes(arch: int, cuda_kernels: Any) -> None:
+    forward = [k for k in cuda_kernels[arch, "flow_forward"] if "forward_kernel" in k.name]
+    backward = [k for k in cuda_kernels[arch, "flow_backward"] if "backward_kernel" in k.name]
+    assert len(forward) == 12  # 4 dtypes, and 3 of: sums, sums and signs, squares
+    assert len(backward) == 8
+    for kernel in forward:
+        # Four features in flight at the start, and four more in the loop.
+        assert widths(kernel.code, "LDG").count(128) == 8, kernel.name
+    for kernel in backward:
+        assert widths(kernel.code, "STG").count(128) >= 4, kernel.name
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_cuda_kernels_leave_room_for_enough_warps(arch: int, cuda_kernels: Any) -> None:
+    """16 warps on a multiprocessor (65536 registers), each with four 512-byte loads in flight, are 32 KiB: more
+    than the 25 KiB an H200 needs."""
+    for source in ("flow_forward", "flow_backward"):
+        for kernel in cuda_kernels[arch, source]:
+            assert kernel.registers <= 128, f"{kernel.name}: {kernel.registers} registers"
+
+
+# ------------------------------------------------------------------------------------------------ Triton
+
+# (dtype, features, squared, elements): what is launched for one stage.
+TRITON_STAGES = [
+    ("float32", 6, False, 1 << 18),
+    ("float32", 6, True, 1 << 18),
+    ("bfloat16", 6, False, 1 << 18),
+    ("bfloat16", 6, True, 1 << 18),
+    ("float32", 4, False, (1 << 18) + 1),  # no whole accesses
+    ("float32", 4, True, (1 << 18) + 1),
+]
+TRITON_STAGES_SM90 = [
+    ("float16", 6, False, 1 << 18),
+    ("float64", 6, False, 1 << 18),
+    # Each step of the unrolled walk must release its registers: 64 features spilled before that was so.
+    ("float32", 24, False, 1 << 18),
+]
+
+
+def compile_triton(arch: int, directory: Path) -> None:
+    """In a process of its own, without the interpreter: writes the cubins and a list of what they are."""
+    import torch
+    from machine_code import compile_launch, recorded_launches
+
+    from ffr_ext.kernels import filters, flow
+
+    index: list[dict[str, Any]] = []
+
+    def add(name: str, launches: list[Any], **about: Any) -> None:
+        for launch in launches:
+            path = directory / f"{len(index)}.cubin"
+            path.write_bytes(compile_launch(launch, arch).asm["cubin"])
+            index.append(dict(name=f"{name} {launch[0].__name__}", path=str(path), **about))
+
+    for dtype_name, length, squared, numel in TRITON_STAGES + (TRITON_STAGES_SM90 if arch == 90 else []):
+        dtype = getattr(torch, dtype_name)
+        stage = [torch.empty(numel, dtype=dtype) for _ in range(length)]
+        entries = torch.empty(2 * length - 3, dtype=torch.float64)
+        signs = torch.empty(0 if squared else (length - 1) * flow.plane_bytes(numel), dtype=torch.uint8)
+        read = stage if squared else []
+        with recorded_launches() as launches:
+            flow.flow_forward(stage, [length], [1], squared, entries, signs)
+            flow.flow_backward(read, signs, entries, [length], [numel], [1], squared, stage)
+            flow.flow_backward_at(read, signs, entries, length, numel, 1, squared, 2, stage[2], True)
+        name = f"{dtype_name} {length} {'squares' if squared else 'signs'}"
+        add(name, launches, vector=numel % 2 == 0, length=length, squared=squared)
+    weights = [torch.empty(8, 3, 3, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float64)]
+    dims, kept = [0] * 3, [torch.empty(4, 3, 3, 3, dtype=w.dtype) for w in weights]
+    for norm in (1.0, 2.0, float("inf")):
+        with recorded_launches() as launches:
+            filters.filter_norms(weights, dims, norm, torch.empty(24, dtype=torch.float64))
+        add(f"norm {norm}", launches, vector=True, length=3, squared=False)
+    with recorded_launches() as launches:
+        filters.compact_filters(weights, [torch.arange(4)] * 3, dims, kept)
+    add("compaction", launches, vector=True, length=3, squared=False)
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module", params=TRITON_ARCHS, ids=lambda arch: f"sm_{arch}")
+def triton_kernels(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[dict[str, Any], Kernel]]:
+    pytest.importorskip("triton")
+    directory = Path(tmp_path_factory.mktemp(f"triton{request.param}"))
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(request.param), str(directory)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    index = json.loads((directory / "index.json").read_text())
+    return [(item, kernel) for item in index for kernel in Kernel.all_of(Path(item["path"]))]
+
+
+def test_every_triton_kernel_compiles(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
+    """The interpreter takes what the compiler refuses, such as a variable whose type depends on a branch."""
+    source = "".join((ROOT / "ffr_ext/kernels" / f).read_text() for f in ("flow_kernels.py", "filters.py"))
+    written = set(re.findall(r"def (\w+_kernel)\(", source))
+    assert {kernel.name for _, kernel in triton_kernels} == written
+
+
+def test_triton_kernels_use_no_local_memory(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
+    for item, kernel in triton_kernels:
+        kernel._replace(name=item["name"]).assert_no_slow_memory()
+
+
+def test_triton_kernels_access_16_bytes(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
+    from ffr_ext.kernels.sizes import FORWARD_ACCESSES
+
+    for item, kernel in triton_kernels:
+        loads, stores = widths(kernel.code, "LDG"), widths(kernel.code, "STG")
+        features = item["length"]
+        if not item["vector"]:
+            assert 128 not in loads + stores, f"{item['name']}: a wide access over the end of a group"
+        elif kernel.name == "forward_kernel":
+            assert loads == [128] * (FORWARD_ACCESSES * features), item["name"]  # and nothing is loaded twice
+        elif kernel.name == "backward_squares_kernel":
+            assert 128 in stores, item["name"]
+            assert [w for w in loads if w < 64] == [], item["name"]  # 64: the coefficients
+        elif kernel.name == "backward_signs_kernel":
+            assert set(stores) == {128}, item["name"]
+
+
+def test_triton_forward_kernels_need_no_barrier(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
+    """A program is a warp and its sums are shuffles."""
+    for item, kernel in triton_kernels:
+        if kernel.name == "forward_kernel" and item["vector"]:
+            slow = [i for i in kernel.code if i.startswith(("BAR", "LDS", "STS"))]
+            assert not slow, f"{item['name']}: {slow[:3]}"
+
+
+def test_one_triton_kernel_serves_all_sizes_and_alignments() -> None:
+    """A launch compiles for its dtype, number of features and VECTOR, not for values or addresses."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from machine_code import recorded_launches, specialization
+from ffr_ext.kernels import flow
+
+def keys(numel, offsets, groups=1):
+    stage = [torch.empty(numel + 1)[o:][:numel] for o in offsets]
+    stats = torch.empty(5 * groups, dtype=torch.float64)
+    signs = torch.empty(3 * flow.plane_bytes(numel) if groups == 1 else 0, dtype=torch.uint8)
+    with recorded_launches() as launches:
+        flow.flow_forward(stage, [4], [groups], groups > 1, stats, signs)
+        read = stage if groups > 1 else []
+        flow.flow_backward(read, signs, stats, [4], [numel], [groups], groups > 1, stage)
+    return [specialization(launch) for launch in launches]
+
+aligned = [0, 0, 0, 0]
+assert keys(4096, aligned) == keys(1 << 20, aligned) == keys(4096, [0, 0, 1, 1]) == keys(8000, [1, 0, 0, 0])
+assert keys(4097, aligned) == keys(999, [1, 1, 1, 0]) != keys(4096, aligned)
+assert keys(4096, [0] * 4, groups=2) == keys(8192, [0] * 4, groups=16)
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+if __name__ == "__main__":
+    compile_triton(int(sys.argv[1]), Path(sys.argv[2]))

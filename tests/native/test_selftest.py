@@ -1,0 +1,109 @@
+"""`selftest` passes with the kernels that are here, and fails when one of them is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ffr_ext
+from ffr_ext import ops
+
+verification = importlib.import_module("ffr_ext.selftest")  # the package shows the function of that name
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer shapes: what is under test here is the comparison."""
+    monkeypatch.setattr(verification, "SHAPES", verification.SHAPES[:2])
+
+
+def test_every_backend_agrees_with_the_reference_and_the_command_says_so(fused: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ffr_ext", "selftest"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu" in done.stdout
+    assert "all backends agree" in done.stdout
+
+
+def _flip_last(name: str) -> Callable[..., None]:
+    """The native kernel, with one element of its last output changed."""
+    native = getattr(ops.flow_kernels("cpu"), name)
+
+    def wrong(*args: Any) -> None:
+        native(*args)
+        out = args[-2] if name == "forward" else args[-1][-1]
+        if out.numel():
+            out.view(-1)[-1] += 1e-2
+
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_wrong_loss_kernel_makes_it_fail(
+    name: str, small: None, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ops.flow_kernels("cpu")._replace(**{name: _flip_last(name)})
+    monkeypatch.setattr(ops, "flow_kernels", lambda backend: wrong)
+    printed = io.StringIO()
+    outcome = ffr_ext.selftest("cpu", file=printed)
+    assert not outcome
+    assert "WRONG" in printed.getvalue()
+    assert {c.what for c in outcome.checks if not c.ok} == {"loss, gradients"}
+
+
+def test_a_kernel_that_leaves_nan_or_raises_makes_it_fail(
+    small: None, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaves_nan(*args: Any) -> None:
+        for grad in args[-1]:
+            grad.fill_(float("nan"))
+
+    def raises(*args: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    right = ops.flow_kernels("cpu")
+    for backward in (leaves_nan, raises):
+        wrong = right._replace(backward=backward)
+        monkeypatch.setattr(ops, "flow_kernels", lambda backend, wrong=wrong: wrong)
+        assert not ffr_ext.selftest("cpu", file=io.StringIO())
+
+
+def test_a_wrong_pruning_kernel_makes_it_fail(
+    small: None, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, compacted = ops.filter_kernels("cpu"), ops.compacted
+
+    def flipped(keep: Any) -> Any:
+        return [k.flip(0).contiguous() for k in keep]
+
+    wrong = right._replace(
+        compact=lambda tensors, keep, dims, outs: right.compact(tensors, flipped(keep), dims, outs)
+    )
+    monkeypatch.setattr(ops, "filter_kernels", lambda backend: wrong)
+    monkeypatch.setattr(ops, "compacted", lambda tensors, keep, dims: compacted(tensors, flipped(keep), dims))
+    outcome = ffr_ext.selftest("cpu", file=io.StringIO())
+    assert {c.what for c in outcome.checks if not c.ok} == {"compaction"}
+
+
+def test_a_backend_that_is_not_there_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="opencl"):
+        ffr_ext.selftest("opencl")
+    with pytest.raises(ValueError, match="compared with"):
+        ffr_ext.selftest("reference")
+    if not torch.cuda.is_available():
+        done = subprocess.run(
+            [sys.executable, "-m", "ffr_ext", "selftest", "--backend", "cuda"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "selftest: backend='cuda'" in done.stderr

@@ -1,0 +1,129 @@
+"""What `compact` refuses: the message names the argument, what was expected and what came, and nothing has changed."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, cast
+
+import pytest
+import torch
+from pruning_models import X, dead
+from torch import Tensor, nn
+
+from ffr_ext import compact
+
+
+@pytest.mark.parametrize(
+    "x", [torch.full((2, 3, 8, 8), float("nan")), torch.empty(0, 3, 8, 8)], ids=["NaN", "empty"]
+)
+def test_an_example_that_checks_nothing_is_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs: Residual gives no finite number"):
+        compact(dead(), x)
+
+
+@pytest.mark.parametrize("flag", ["strict", "inplace", "measure"])
+def test_a_flag_that_is_none_is_refused(flag: str) -> None:
+    with pytest.raises(TypeError, match=f"{flag}: expected True or False, got 'no'"):
+        compact(dead(), torch.randn(1, 3, 8, 8), **{flag: "no"})
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adam", torch.optim.Adam, [torch.zeros(1)]], ids=["name", "class", "list"]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_no_optimizer_is_refused_before_the_model_runs(optimizer: Any, inplace: bool) -> None:
+    model = dead()
+    model.forward = lambda x: pytest.fail("the model was run")  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError, match=r"optimizer: expected the torch\.optim\.Optimizer.*got "):
+        compact(model, torch.randn(X), optimizer=optimizer, inplace=inplace)
+
+
+SPARSE = {
+    "coo": lambda: torch.randn(X).to_sparse(),
+    "csr": lambda: torch.randn(4, 4).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3, 8, 8)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(3, 8)], layout=torch.jagged),
+    "in a tuple": lambda: (torch.randn(X).to_sparse(),),
+    "in a dict": lambda: {"x": torch.randn(X).to_sparse()},
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_examples_that_are_not_dense_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs: expected dense \(strided\) tensors, got "):
+        compact(dead(), SPARSE[kind]())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (torch.randn(1, 1, 8, 8), "RuntimeError: .*3 channels"),
+        (torch.randn(X).double(), "RuntimeError: .*([Dd]ouble)"),
+        ((torch.randn(X), torch.randn(X)), "TypeError: .*positional arguments"),
+        ({"image": torch.randn(X)}, "TypeError: .*'image'"),
+        (X, "TypeError: .*positional arguments"),
+        ([[1.0, 2.0]], "TypeError: "),
+    ],
+    ids=["channels", "dtype", "too many", "name", "a shape", "numbers"],
+)
+def test_examples_that_do_not_fit_the_model_are_named(inputs: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"example_inputs: Residual fails on them in eval mode: {reason}"):
+        compact(dead(), inputs)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_not_called_a_wrong_model(error: type[Exception]) -> None:
+    """Whichever of compact's runs of the model it stops: on the example, for the export, to count, to check."""
+    raised = []
+
+    def fails(at: int) -> bool:
+        runs = count()
+
+        class Limited(type(dead())):  # type: ignore[misc]
+            def forward(self, x: Tensor) -> Tensor:
+                if next(runs) == at:
+                    raise error("too much")
+                return cast(Tensor, super().forward(x))
+
+        model = dead()
+        model.__class__ = Limited
+        try:
+            compact(model, torch.randn(X), measure=False)
+        except error as problem:
+            raised.append(str(problem))
+        return next(runs) > at
+
+    assert any(not fails(at) for at in range(50)), "the runs never end"
+    assert len(raised) >= 4
+    assert set(raised) == {"too much"}
+
+
+def loops(x: Tensor) -> Tensor:
+    return x * 2 if bool(x.sum() > 0) else x
+
+
+class DataDependent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return loops(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: compact(dead(), "image"), TypeError, "example_inputs: expected a tensor.*got str"),
+        (lambda: compact(torch.randn(2), torch.randn(X)), TypeError, "model: expected an nn.Module"),
+        (lambda: compact(dead(), torch.randn(X), round_to=0), ValueError, "round_to: expected.*got 0"),
+        (lambda: compact(dead(), torch.randn(X), min_channels=1.5), ValueError, "min_channels.*got 1.5"),
+        (lambda: compact(nn.DataParallel(dead()), torch.randn(X)), ValueError, "DataParallel.*model.module"),
+        (lambda: compact(torch.compile(dead()), torch.randn(X)), ValueError, "OptimizedModule.*_orig_mod"),
+        (
+            lambda: compact(nn.Sequential(DataDependent()), torch.randn(X)),
+            ValueError,
+            "torch.export could not trace",
+        ),
+    ],
+)
+def test_refusals(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
