@@ -57,8 +57,9 @@ class Chain:
 
     @property
     def lead(self) -> int:
-        """How many modules come before the first with a weight."""
-        return sum(1 for _ in takewhile(lambda layer: not isinstance(layer.module, WEIGHTED), self.layers))
+        """How many modules come before the first that is no activation, dropout or reshape."""
+        light = (*ACTIVATIONS, *SKIPPED, *RESHAPES)
+        return sum(1 for _ in takewhile(lambda layer: isinstance(layer.module, light), self.layers))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all modules, each once."""
@@ -154,7 +155,7 @@ def find_chain(model: nn.Module, argument: str, spec: ChainSpec, *, mirrored: bo
         check_plain(f"{argument}: {layer}", layer.module)
         if mirrored:
             _check_mirrored(argument, layer)
-    if not any(True for _ in chain.parameters()):
+    if not (chain.weighted if mirrored else any(True for _ in chain.parameters())):
         raise ValueError(f"{argument}: expected layers with weights, got {_listed(layers) or 'none'}")
     if mirrored:
         _check_neighbours(chain)

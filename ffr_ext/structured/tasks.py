@@ -69,9 +69,9 @@ class StructuredOutput(nn.Module):
             callable, or ``"auto"``: sigmoid if the first x is in [0, 1], else identity. A run that is
             resumed decides anew.
         mirror: ``"tied"``; ``"free"``, which gives mirrors weights of their own that begin as copies; or a module
-            for chains that have no mirror (norms, pooling, residual blocks): y -> code for ``last``, code -> x
-            for ``first``; for both a dict ``{"input": ..., "output": ...}``. With a module, ``"auto"`` means
-            identity.
+            for chains that have no mirror (norms, pooling, residual blocks): y -> code for ``last``, where an
+            activation in front of ``last`` is the module's business, code -> x for ``first``; for both a dict
+            ``{"input": ..., "output": ...}``. With a module, ``"auto"`` means identity.
 
     ``input``, ``output``, ``scale``, ``input_scale`` and ``output_scale`` are floats that may be set during
     training; a task whose product is 0 is not computed. ``state_dict()`` holds the biases alone (and the weights

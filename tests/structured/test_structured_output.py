@@ -202,6 +202,13 @@ def test_a_module_mirrors_what_has_no_mirror() -> None:
         wrong.loss(y=y)
 
 
+def test_the_activation_in_front_of_last_is_the_modules_business_but_not_one_behind_a_norm() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 7))
+    encoder, y = nn.Linear(7, 4), torch.randn(8, 7)
+    tasks = StructuredOutput(model, last=model[1:], mirror=encoder)
+    torch.testing.assert_close(tasks.loss(y=y), F.mse_loss(model[2:](encoder(y)), y))
+
+
 def test_a_module_for_each_end_is_given_by_name() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 7))
     decoder = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid())

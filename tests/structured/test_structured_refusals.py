@@ -104,6 +104,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "twice": (net(nn.Linear(4, 4)), {"last": ["1", "1"]}, r"last: expected every weight once"),
     "no weights": (mlp(), {"last": ["7"]}, r"last: expected layers with weights, got 7 \(Tanh\)"),
+    "no weights to mirror": (
+        net(nn.PReLU()),
+        {"last": ["1"]},
+        r"last: expected layers with weights, got 1 \(PReLU\)",
+    ),
     "empty": (mlp(), {"last": []}, r"last: expected layers with weights, got none"),
     "no such name": (mlp(), {"last": "head"}, r"last: the model has no module named 'head'"),
     "of another model": (mlp(), {"last": mlp()[5:]}, r"last: this Tanh is not a module of the model"),
