@@ -68,7 +68,16 @@ def _inline(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", prose)
 
 
-PUBLIC = ("ffr_ext", "ffr_ext.flow", "ffr_ext.pruning", "ffr_ext.pruning.graph", "ffr_ext.trainers")
+PUBLIC = (
+    *(
+        "ffr_ext",
+        "ffr_ext.flow",
+        "ffr_ext.pruning",
+        "ffr_ext.pruning.graph",
+        "ffr_ext.structured",
+        "ffr_ext.trainers",
+    ),
+)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
