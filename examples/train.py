@@ -35,7 +35,7 @@ from torch import nn
 
 from ffr_ext import CompactionPlan, FeatureFlow
 from ffr_ext.backends import BACKENDS
-from ffr_ext.checks import NORMS
+from ffr_ext.options import NORMS
 from ffr_ext.pruning.measure import count_flops
 
 

@@ -79,17 +79,6 @@ def test_transforms_active(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers == [True, False]
 
 
-def test_modes_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    assert not _torch.modes_active()
-    with FlopCounterMode(display=False):
-        assert _torch.modes_active()
-        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-        monkeypatch.delattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", raising=False)
-        assert not _torch.modes_active()
-
-
 def test_constant_when_compiled() -> None:
     @_torch.constant_when_compiled
     def untraceable(name: str) -> int:
@@ -107,6 +96,12 @@ def test_version() -> None:
     assert _torch.version(x) == before + 1
     with torch.inference_mode():
         assert _torch.version(torch.zeros(2)) is None
+
+
+def test_traced_version() -> None:
+    written = torch.compile(lambda x: x.add_(_torch.traced_version(x)), fullgraph=True, backend="eager")
+    assert written(torch.ones(())) == 1
+    assert _torch.traced_version(torch.zeros(2)) == 0
 
 
 def test_unscales_by_itself() -> None:

@@ -72,9 +72,10 @@ class Path:
         """
         for index, version in self.traced if last else self.traced[-1:]:
             if version is not None:
-                self.overwritten.append((self.names[index], _torch.version(self.features[index]) != version))
+                now = _torch.traced_version(self.features[index])
+                self.overwritten.append((self.names[index], now != version))
         feature = feature.clone() if last else feature
-        self.traced.append((len(self.names), _torch.version(feature)))
+        self.traced.append((len(self.names), _torch.traced_version(feature)))
         return feature
 
     def outputs(self) -> str:
@@ -92,9 +93,9 @@ class Path:
         for name, overwritten in self.overwritten:
             if overwritten:
                 raise _overwritten(name)
-        for index, version in enumerate(self.versions):
-            if version is not None and _torch.version(self.features[index]) != version:
-                raise _overwritten(self.names[index])
+        for name, feature, version in zip(self.names, self.features, self.versions, strict=False):
+            if version is not None and _torch.version(feature) != version:
+                raise _overwritten(name)
 
     def warn_if_several_calls(self, stacklevel: int) -> None:
         """Warn if every layer was called the same number of times, more than once, one round after another."""
@@ -103,15 +104,16 @@ class Path:
         if len(layers) > 1 and rounds > 1 and self.names == layers * rounds:
             warnings.warn(
                 f"FeatureFlow: all {len(layers)} layers were called {rounds} times in one pass, outside any call "
-                "of a module that contains them. Their features make one path, with terms between the end of "
-                "one round and the start of the next. If these are calls on different inputs, call such a "
-                "module (each of its calls is a path of its own), or give each a pass and a loss() of its own",
+                "of a module that contains them. A round that autograd's graph shows not to depend on the one before "
+                "is a path of its own; any other goes on with the path, with terms between the end of one round and "
+                "the start of the next. If these are calls on different inputs, better call such a module (each of "
+                "its calls is a path of its own), or give each a pass and a loss() of its own",
                 stacklevel=stacklevel + 1,
             )
 
     def requires_grad(self) -> bool:
-        """Whether any feature does."""
-        return any(feature.requires_grad for feature in self.features)
+        """Whether any feature does, or did before it was let go."""
+        return bool(self.points) or any(feature.requires_grad for feature in self.features)
 
     def nodes(self) -> set[Any]:
         """The nodes of autograd's graph that made the features: a loss whose graph has one of them depends on it."""
@@ -120,7 +122,7 @@ class Path:
     def release(self) -> None:
         """Let go of the features, and keep what tells which losses depend on them."""
         self.points = self.nodes()
-        self.features, self.taps = [], []
+        self.features, self.taps, self.versions = [], [], []
 
 
 class Passed:
@@ -138,6 +140,8 @@ def independent(path: Path) -> list[Path]:
     two inputs, in one call of the model. A recurrent module, whose second call reads what the first one made, is one
     path. Where autograd has no graph to tell (compiled, or without gradients) nothing is cut.
     """
+    if len(set(path.names)) == len(path.names):
+        return [path]
     cuts, seen = [0], set[str]()
     for index, name in enumerate(path.names):
         if name in seen:
@@ -159,6 +163,9 @@ def _follows(later: Tensor, earlier: Tensor) -> bool:
 def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[Path]:
     """One path for neighbours that are of different streams of one call and not to be kept `apart`: one pass over the
     features instead of many, with the same terms."""
+    paths = list(paths)
+    if len(paths) < 2:
+        return paths
     results: list[Path] = []
     for path in paths:
         if results and path.stream not in results[-1].streams and not apart(results[-1], path):

@@ -204,7 +204,9 @@ class Recorder:
         compiling = torch.compiler.is_compiling()
         if self.by_hand and inside_backward():
             return  # recomputation: outside a call nothing else tells
-        feature = select(self.output, name, module, output)
+        feature = output
+        if self.output is not None or type(output) is not Tensor or not output.is_floating_point():
+            feature = select(self.output, name, module, output)
         path = self._path(self.streams[index], index)
         if self.by_hand and not compiling and not path.names and feature.grad_fn is not None:
             feature.grad_fn.register_prehook(path.passed)
