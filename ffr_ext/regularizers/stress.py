@@ -101,9 +101,11 @@ class Stress(BaseRegularizer):
         self.after_backward()
 
     def before_forward(self) -> None:
-        """Attenuate, on every ``every``-th call."""
+        """Attenuate, on every ``every``-th call while enabled."""
         if self._kept:
             raise RuntimeError("Stress: before_forward() twice without after_backward() in between")
+        if not self.enabled:
+            return
         self.batches += 1
         alpha = self.active_attenuation
         if self.batches % self.every or alpha == 1:
