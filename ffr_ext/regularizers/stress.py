@@ -204,7 +204,7 @@ class _Synapses:
         weights = [f"{layer.name}.weight" if layer.name else "weight" for layer in layers]
         self.names = list(dict.fromkeys(names[name] for name in weights if name in own))
         check_regularizes_something("Stress", len(self.names), "no convolution or linear layer has a weight")
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.slices = Slices(model, [Axis(name, 0, "out", none) for name in self.names], 0)
 
     def factors(self, alpha: float, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
