@@ -74,8 +74,15 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often the tensor was written in place; None where torch does not count (inference mode)."""
-    return None if tensor.is_inference() else getattr(tensor, "_version", None)
+    """How often the tensor was written in place; None where torch does not count (inference mode). Dynamo cannot trace
+    the question whether it does."""
+    uncounted = not torch.compiler.is_compiling() and tensor.is_inference()
+    return None if uncounted else getattr(tensor, "_version", None)
+
+
+def unscales_by_itself(optimizer: Any) -> bool:
+    """Whether a GradScaler leaves unscaling to the optimizer's step (fused ones). Without the attribute it does not."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 _HOOKS = (

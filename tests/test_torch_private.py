@@ -109,6 +109,13 @@ def test_version() -> None:
         assert _torch.version(torch.zeros(2)) is None
 
 
+def test_unscales_by_itself() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+    assert not _torch.unscales_by_itself(optimizer)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # what fused optimizers set
+    assert _torch.unscales_by_itself(optimizer)
+
+
 def test_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Linear(2, 2)
 
