@@ -29,7 +29,7 @@ from torch import nn
 
 from ffr_ext import FeatureFlow
 from ffr_ext.backends import BACKENDS
-from ffr_ext.checks import NORMS
+from ffr_ext.options import NORMS
 
 
 @dataclass

@@ -53,14 +53,6 @@ def transforms_active() -> bool:
     return ask is not None and bool(ask())
 
 
-def modes_active() -> bool:
-    """Whether make_fx, FakeTensorMode, FlopCounterMode or the like intercepts operators. Without the question: none
-    does."""
-    stack = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    before = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
-    return bool((stack is not None and stack()) or (before is not None and before()))
-
-
 def constant_when_compiled(function: Function) -> Function:
     """Decorator: torch.compile takes the result for a constant instead of tracing the function. What
     `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo."""

@@ -1,29 +1,31 @@
 """START HERE: `ffr_loss` and `flow_terms`, the feature-flow penalty of a list of features.
 
 From a call to a kernel: the features are checked (`checks`), split into stages (`stages`), summed by one fused call
-(`autograd.flow_stats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
+(`autograd.FlowStats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import backends, checks, reference, weighted
-from .autograd import FlowSpec, FlowStats, flow_stats
-from .checks import runs_eagerly
-from .stages import Plan, Stage, make_plan, stage_features
-from .term_weights import entry_weights, weigh
+from . import backends, checks, reference
+from ._torch import transforms_active
+from .autograd import FlowProduct, FlowSpec, FlowStats
+from .options import FlowOptions
+from .stages import Plan, Stage, Sums, make_plan, stage_features
+from .weights import entry_weights, weigh
 
 Weight = float | Sequence[float] | Tensor
 
-# (features, stages, squared, per_sample, backend) -> stats: how the sums of `stages` are made. `FeatureFlow` has
-# its own.
-StatsMaker = Callable[[list[Tensor], Sequence[Stage], bool, bool, str], Tensor]
+# (features, stages, sums) -> stats: how the sums of `stages` are made. `FeatureFlow` has its own.
+StatsMaker = Callable[[list[Tensor], Sequence[Stage], Sums], Tensor]
 
 
 class FlowTerms(NamedTuple):
@@ -57,17 +59,10 @@ def flow_terms(
         device of the first feature. `curvature` is empty if no stage has three features. Both can be differentiated
         with any upstream gradient.
     """
-    checks.check_options(norm, curvature_kind, reduction, transition)
+    options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
     listed = checks.feature_list(features)
-    plan, _ = _prepare(listed, transition, _cacheable(listed))
-    chosen = _backend(backend, listed)
-    if chosen == "reference":
-        return FlowTerms(
-            *reference.flow_terms(
-                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
-            )
-        )
-    return _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, _stats)
+    plan = _plan(listed, transition, _are_plain(listed))
+    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device.type), _stats)
 
 
 def ffr_loss(
@@ -100,8 +95,7 @@ def ffr_loss(
             >= 1, float16, bfloat16, float32 or float64, in any layout. Consecutive features of one shape form a stage;
             differences are taken inside stages. Mixed dtypes within a stage are promoted.
         gradient: weight of the first differences: a float, or one weight per term in depth order (a sequence of floats
-            or a 1-D tensor). NaN and infinite weights are refused. A tensor is looked at only where that neither waits
-            nor ends up in a graph: on the CPU, without requires_grad, and while nobody traces.
+            or a 1-D tensor). NaN and infinite numbers are refused; a tensor is not looked at.
         curvature: weight of the second differences, likewise.
         norm: "l1" (sum of absolute values), "l2_squared" (sum of squares) or "l2" (Euclidean norm of each sample's
             difference, summed over samples: with the gradient terms the exact length of the trajectory).
@@ -126,95 +120,105 @@ def ffr_loss(
             is not finite; a stage boundary that `transition="pool"` cannot map.
         RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
     """
-    loss, _terms = penalty(
-        features,
-        gradient=gradient,
-        curvature=curvature,
-        norm=norm,
-        curvature_kind=curvature_kind,
-        reduction=reduction,
-        transition=transition,
-        backend=backend,
-    )
+    options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
+    loss, _terms = penalty(features, options, gradient, curvature)
     return loss
+
+
+class FFRLoss(nn.Module):
+    """:func:`ffr_loss` as a module, for configurations that instantiate losses: ``FFRLoss(**keywords)(features)``."""
+
+    def __init__(self, *, gradient: Weight = 1.0, curvature: Weight = 1.0, **options: str) -> None:
+        super().__init__()
+        self.gradient, self.curvature = gradient, curvature
+        self.options = FlowOptions(**options)
+
+    def forward(self, features: Iterable[Tensor]) -> Tensor:
+        loss, _terms = penalty(features, self.options, self.gradient, self.curvature)
+        return loss
+
+    def extra_repr(self) -> str:
+        settings = {"gradient": self.gradient, "curvature": self.curvature, **asdict(self.options)}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def penalty(
     features: Iterable[Tensor],
-    *,
+    options: FlowOptions,
     gradient: Weight,
     curvature: Weight,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
-    transition: str,
-    backend: str,
+    *,
     make_stats: StatsMaker | None = None,
 ) -> tuple[Tensor, Callable[[], FlowTerms]]:
-    """The loss, and a function that gives its terms without another pass over the features (and without
-    holding them).
-    """
-    checks.check_options(norm, curvature_kind, reduction, transition)
+    """The loss, and a function that gives its terms without another pass over the features (and without holding
+    them)."""
     listed = checks.feature_list(features)
-    cacheable = _cacheable(listed)
-    plan, recipe = _prepare(listed, transition, cacheable)
+    plain = _are_plain(listed)
+    plan = _plan(listed, options.transition, plain)
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
-    chosen = _backend(backend, listed)
     device, dtype = listed[0].device, _loss_dtype(listed)
+    backend = backends.resolve(options.backend, device.type)
     if (
-        chosen != "reference"
-        and curvature_kind == "difference"
-        and not isinstance(on_gradient, Tensor)
-        and not isinstance(on_curvature, Tensor)
-        and cacheable
+        plain
+        and backend != "reference"
+        and not options.angles
+        and isinstance(on_gradient, float)
+        and isinstance(on_curvature, float)
         and all(f.device == device for f in listed)
     ):
-        # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
-        scale = entry_weights(plan, on_gradient, on_curvature, norm, reduction, device)
-        squared, per_sample = norm != "l1", norm == "l2"
-        if make_stats is None and recipe is not None and not per_sample:
-            loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
-        else:
-            stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
-            entries = reference.safe_sqrt(stats) if per_sample else stats
-            loss, sums = weighted.weighted_sum(entries, scale, dtype), stats.detach()
+        weights = entry_weights(plan, options, on_gradient, on_curvature, device)
+        sums = Sums(options.squared, int(options.per_sample), backend)
+        loss, stats = _product(listed, plan, sums, weights, dtype, make_stats)
 
-        def terms_of_sums() -> FlowTerms:
-            rows = _split(sums, plan.stages, per_sample)
-            return _assemble(rows, rows, plan, norm, curvature_kind, reduction, device, dtype)
+        def terms_of_stats() -> FlowTerms:
+            rows = _split(stats, plan.stages, sums)
+            return _assemble(rows, rows, plan, options, device, dtype)
 
-        return loss, terms_of_sums
-    if chosen == "reference":
-        terms = FlowTerms(
-            *reference.flow_terms(
-                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
-            )
-        )
-    else:
-        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats or _stats)
+        return loss, terms_of_stats
+    terms = _terms(listed, plan, options, backend, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
 
-def _prepare(features: list[Tensor], transition: str, cacheable: bool) -> tuple[Plan, weighted.Recipe | None]:
-    if cacheable:
-        return weighted.prepare(weighted.signature(features), transition)
-    return make_plan([tuple(f.shape) for f in features], transition), None  # sizes may be symbolic
+def _product(
+    features: list[Tensor],
+    plan: Plan,
+    sums: Sums,
+    weights: Tensor,
+    dtype: torch.dtype,
+    make_stats: StatsMaker | None,
+) -> tuple[Tensor, Tensor]:
+    """The usual loss, and the sums it is made of: all terms come from one call of a kernel, and the loss is one product
+    of what it gives, or of the roots of that, with a vector."""
+    if make_stats is None and not sums.leading:
+        made: list[Tensor] = []
+        spec, walked = _walk(features, plan.stages, sums)
+        return FlowProduct.apply(spec, weights, dtype, made, *walked), made[0]
+    stats = (make_stats or _stats)(features, plan.stages, sums)
+    entries = reference.safe_sqrt(stats) if sums.leading else stats
+    return (entries * weights).sum().to(dtype), stats.detach()
 
 
-def _cacheable(features: list[Tensor]) -> bool:
-    """Whether sizes are plain numbers and tensors made now may be kept."""
-    return len(features) > 0 and type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
+def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
+    return (_kept_plan if plain else make_plan)(tuple([f.shape for f in features]), transition)
+
+
+_kept_plan = lru_cache(maxsize=256)(make_plan)
+
+
+def _are_plain(features: list[Tensor]) -> bool:
+    """Whether sizes are numbers and not symbols, and what is made now has values that may be kept."""
+    return (
+        len(features) > 0
+        and type(features[0]) in (Tensor, nn.Parameter)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active())
+    )
 
 
 def _loss_dtype(features: list[Tensor]) -> torch.dtype:
     return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
-
-
-def _backend(backend: str, features: list[Tensor]) -> str:
-    return backends.resolve(backend, features[0].device.type)
 
 
 def _warn_if_without_effect(
@@ -232,116 +236,103 @@ def _warn_if_without_effect(
         )
 
 
-def _walk(
-    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
-) -> tuple[FlowSpec, list[Tensor]]:
+def _walk(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> tuple[FlowSpec, list[Tensor]]:
     """The settings of an autograd node over `stages`, which must share a device, and the features it walks."""
     walked = [f for stage in stages for f in stage_features(features, stage)]
-    wants_gradient = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    spec = FlowSpec(
-        lengths=tuple(stage.length for stage in stages),
-        squared=squared,
-        per_sample=per_sample,
-        backend=backend,
-        save_signs=wants_gradient and not squared,
-    )
-    return spec, walked
+    save_signs = not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    return FlowSpec(sums, tuple([stage.length for stage in stages]), save_signs), walked
 
 
-def _stats(
-    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
-) -> Tensor:
+def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> Tensor:
     """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
-    if torch.compiler.is_compiling():
-        # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
-        features = [f.view_as(f) for f in features]
-    spec, walked = _walk(features, stages, squared, per_sample, backend)
-    if torch.compiler.is_compiling() and not any(f.requires_grad and torch.is_grad_enabled() for f in walked):
-        # Dynamo cannot trace a node that nobody differentiates.
-        stats, _signs = FlowStats.forward(spec, *walked)
+    if not torch.compiler.is_compiling():
+        spec, walked = _walk(features, stages, sums)
+        stats, _signs = FlowStats.apply(spec, *walked)
         return stats
-    return flow_stats(spec, walked)
+    # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none. And it cannot
+    # trace a node that nobody differentiates.
+    spec, walked = _walk([f.view_as(f) for f in features], stages, sums)
+    wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    stats, _signs = FlowStats.apply(spec, *walked) if wanted else FlowStats.forward(spec, *walked)
+    return stats
+
+
+def _terms(
+    features: list[Tensor], plan: Plan, options: FlowOptions, backend: str, make_stats: StatsMaker
+) -> FlowTerms:
+    """Every term by itself, for every setting."""
+    if backend == "reference":
+        return FlowTerms(
+            *reference.flow_terms(
+                features,
+                norm=options.norm,
+                curvature_kind=options.curvature_kind,
+                reduction=options.reduction,
+                transition=options.transition,
+            )
+        )
+    per_sample = options.per_sample or (options.squared and options.angles)
+    sums = Sums(options.squared, int(per_sample), backend)
+    rows = squares = _rows(features, plan.stages, sums, make_stats)
+    if options.angles and not options.squared:
+        # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
+        squares = _rows(features, plan.stages, Sums(True, 1, backend), make_stats)
+    return _assemble(rows, squares, plan, options, features[0].device, _loss_dtype(features))
 
 
 def _rows(
-    features: list[Tensor],
-    stages: Sequence[Stage],
-    squared: bool,
-    per_sample: bool,
-    backend: str,
-    make_stats: StatsMaker,
+    features: list[Tensor], stages: Sequence[Stage], sums: Sums, make_stats: StatsMaker
 ) -> list[tuple[Tensor, Tensor]]:
     """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a
-    device.
-    """
+    device."""
     rows: list[tuple[Tensor, Tensor]] = []
     first = 0
     for index in range(1, len(stages) + 1):
         device = features[stages[first].first].device
         if index < len(stages) and features[stages[index].first].device == device:
             continue
-        stats = make_stats(features, stages[first:index], squared, per_sample, backend)
-        rows += _split(stats, stages[first:index], per_sample)
+        stats = make_stats(features, stages[first:index], sums)
+        rows += _split(stats, stages[first:index], sums)
         first = index
     return rows
 
 
-def _split(stats: Tensor, stages: Sequence[Stage], per_sample: bool) -> list[tuple[Tensor, Tensor]]:
+def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> list[tuple[Tensor, Tensor]]:
     """`stats` of `stages` as views: per stage the (differences, groups) and the (bends, groups) sums."""
     rows, offset = [], 0
     for stage in stages:
-        groups = stage.batch if per_sample else 1
-        lengths, bends = stage.differences * groups, stage.bends * groups
+        groups = stage.groups(sums.leading)
+        bends = offset + stage.differences * groups
+        end = bends + stage.bends * groups
         rows.append(
             (
-                stats[offset : offset + lengths].view(stage.differences, groups),
-                stats[offset + lengths : offset + lengths + bends].view(stage.bends, groups),
+                stats[offset:bends].view(stage.differences, groups),
+                stats[bends:end].view(stage.bends, groups),
             )
         )
-        offset += lengths + bends
+        offset = end
     return rows
-
-
-def _fused_terms(
-    features: list[Tensor],
-    plan: Plan,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
-    backend: str,
-    make_stats: StatsMaker,
-) -> FlowTerms:
-    angles = curvature_kind == "angle"
-    squared = norm != "l1"
-    rows = _rows(features, plan.stages, squared, norm == "l2" or (squared and angles), backend, make_stats)
-    # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
-    squares = rows if squared or not angles else _rows(features, plan.stages, True, True, backend, make_stats)
-    return _assemble(
-        rows, squares, plan, norm, curvature_kind, reduction, features[0].device, _loss_dtype(features)
-    )
 
 
 def _assemble(
     rows: list[tuple[Tensor, Tensor]],
     squares: list[tuple[Tensor, Tensor]],
     plan: Plan,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
+    options: FlowOptions,
     device: torch.device,
     dtype: torch.dtype,
 ) -> FlowTerms:
     """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
     gradient, curvature = [], []
+    root = reference.safe_sqrt if options.per_sample else _identity
     for stage, (lengths, bends), (square_lengths, square_bends) in zip(
         plan.stages, rows, squares, strict=True
     ):
-        divisor = stage.divisor(norm, reduction)
-        root = reference.safe_sqrt if norm == "l2" else _identity
+        divisor = stage.divisor(options.norm, options.reduction)
         gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
-        if curvature_kind == "angle":
+        if options.angles:
             theta = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends).sum(1)
-            curvature.append(theta if reduction == "sum" else theta / max(stage.batch, 1))
+            curvature.append(theta if options.reduction == "sum" else theta / max(stage.batch, 1))
         else:
             curvature.append(root(bends).sum(1) / divisor)
     return FlowTerms(

@@ -79,17 +79,6 @@ def test_transforms_active(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers == [True, False]
 
 
-def test_modes_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    assert not _torch.modes_active()
-    with FlopCounterMode(display=False):
-        assert _torch.modes_active()
-        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-        monkeypatch.delattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", raising=False)
-        assert not _torch.modes_active()
-
-
 def test_constant_when_compiled() -> None:
     @_torch.constant_when_compiled
     def untraceable(name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import checks
-from ..backends import BACKENDS
 from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ..models import as_call, evaluating
+from ..options import FlowOptions
 from ..regularizers.base import BaseRegularizer
 from ..stages import has_term, make_plan
 from .describe import Description, describe
@@ -109,8 +110,7 @@ class FeatureFlow(BaseRegularizer):
                 "model: nn.DataParallel runs replicas in threads and cannot be captured; use "
                 "DistributedDataParallel"
             )
-        checks.check_options(norm, curvature_kind, reduction, transition)
-        checks.check_choice("backend", backend, ("auto", *BACKENDS))
+        self.options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
         checks.check_choice("missing", missing, MISSING)
         for name, weight in (("gradient", gradient), ("curvature", curvature)):
             checks.term_weights(name, weight, len(weight) if _per_term(weight) else 0)  # type: ignore[arg-type]
@@ -119,13 +119,6 @@ class FeatureFlow(BaseRegularizer):
         self.gradient = gradient
         self.curvature = curvature
         self.missing = missing
-        self.options: dict[str, Any] = {
-            "norm": norm,
-            "curvature_kind": curvature_kind,
-            "reduction": reduction,
-            "transition": transition,
-            "backend": backend,
-        }
         self._streams = select_streams(model, layers, join_stages=transition == "pool")
         # The reference backend is plain torch, which autograd differentiates by itself.
         self._recorder = Recorder(
@@ -252,7 +245,7 @@ class FeatureFlow(BaseRegularizer):
             output=self.output,
             capture_eval=True,
             missing=self.missing,
-            transition=self.options["transition"],
+            transition=self.options.transition,
             backend="reference",
         )
         enabled, self.enabled = self.enabled, False
@@ -262,9 +255,9 @@ class FeatureFlow(BaseRegularizer):
                 paths = probe._joined(probe._checked())
         finally:
             self.enabled = enabled
-        settings = {"gradient": self.gradient, "curvature": self.curvature, **self.options}
+        settings = {"gradient": self.gradient, "curvature": self.curvature, **asdict(self.options)}
         captured = [(path.names, path.features) for path in paths]
-        description = describe(captured, self.options["transition"], settings)
+        description = describe(captured, self.options.transition, settings)
         print(description)
         return description
 
@@ -350,7 +343,7 @@ class FeatureFlow(BaseRegularizer):
         terms = []
         for path in self._with_terms(self._joined(self._checked())):
             detached = [feature.detach() for feature in path.features]
-            terms.append(partial(flow_terms, detached, **self.options))
+            terms.append(partial(flow_terms, detached, **asdict(self.options)))
         return _one_after_another(terms)
 
     def add_gradients_(self) -> None:
@@ -368,9 +361,9 @@ class FeatureFlow(BaseRegularizer):
             try:
                 loss, terms_of_path = penalty(
                     path.features,
-                    gradient=gradient,
-                    curvature=curvature,
-                    **self.options,
+                    self.options,
+                    gradient,
+                    curvature,
                     make_stats=_just_in_time(path),
                 )
             except (TypeError, ValueError) as error:
@@ -410,7 +403,7 @@ class FeatureFlow(BaseRegularizer):
 
     def _joined(self, paths: list[Path]) -> list[Path]:
         """The paths, split where they are independent and joined where that changes no term."""
-        pool = self.options["transition"] == "pool"
+        pool = self.options.transition == "pool"
 
         def apart(a: Path, b: Path) -> bool:
             return pool or a.features[-1].shape == b.features[0].shape
@@ -419,7 +412,7 @@ class FeatureFlow(BaseRegularizer):
 
     def _with_terms(self, paths: list[Path]) -> list[Path]:
         """Those that make a term. If none does, the first, for ``ffr_loss`` to say why; none where layers may miss."""
-        with_terms = [path for path in paths if has_term(path.features, self.options["transition"])]
+        with_terms = [path for path in paths if has_term(path.features, self.options.transition)]
         return with_terms or ([] if self.missing == "skip" else paths[:1])
 
     def _weights(self, paths: list[Path]) -> list[tuple[Weight, Weight]]:
@@ -435,7 +428,7 @@ class FeatureFlow(BaseRegularizer):
             streams |= path.streams
             following = paths[index + 1] if index + 1 < len(paths) else None
             ends = following is None or not streams.isdisjoint(following.streams)
-            plan = make_plan([tuple(f.shape) for f in path.features], self.options["transition"])
+            plan = make_plan([tuple(f.shape) for f in path.features], self.options.transition)
             parts = []
             for kind, count in enumerate((plan.gradient_terms, plan.curvature_terms)):
                 parts.append(_slice(weights[kind], used[kind], None if ends else used[kind] + count))

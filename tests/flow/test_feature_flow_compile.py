@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
 from ffr_ext import FeatureFlow, ffr_loss
-from ffr_ext.flow import taps
 
 
 @pytest.fixture(autouse=True)
@@ -134,9 +133,8 @@ def test_the_layer_that_overwrites_can_be_captured_from_a_compiled_graph(compile
 
 
 @pytest.mark.slow
-def test_compiled_autograd(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_autograd(fused: str) -> None:
     """The forward is eager and has taps; the backward pass is compiled and adds in its own way."""
-    monkeypatch.setattr(taps, "MIN_BYTES", 0)
     model, x = Tower(3, width=4), torch.randn(5, 4)
     features = []
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""The usual loss as one node: what is kept from call to call must never answer for other features."""
+"""What is kept from call to call (plans, the weights of their sums) must never answer for other features."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ffr_ext import ffr_loss, term_weights, weighted
-
-pytest.importorskip("hypothesis")
-
-from hypothesis import given
-from hypothesis import strategies as st
+from ffr_ext import ffr_loss, functional, weights
+from ffr_ext.options import FlowOptions
+from ffr_ext.stages import Plan
 
 SHAPE = (2, 4, 3, 5)
 VARIANTS = {  # of one shape; a call on one must not use what was worked out for another
@@ -86,27 +83,15 @@ def test_a_loss_that_is_not_finite_is_the_reference_s(value: float, fused: str) 
         )
 
 
-def test_forgotten_recipes_are_worked_out_again(fused: str) -> None:
-    kept = weighted.prepare.cache_info().maxsize
+def test_shapes_that_were_forgotten_are_planned_again(fused: str) -> None:
+    kept = functional._kept_plan.cache_info().maxsize
     assert kept is not None
     first = random_features(*[(1, 7)] * 2)
     expected = ffr_loss(first, backend=fused)
     for size in range(8, 8 + kept + 1):
         ffr_loss([torch.zeros(1, size)] * 2, backend=fused)
-    assert weighted.prepare.cache_info().currsize == kept
+    assert functional._kept_plan.cache_info().currsize == kept
     assert torch.equal(ffr_loss(first, backend=fused), expected)
-
-
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=4),
-    st.permutations([0, 1, 2, 3]),
-    st.lists(st.integers(1, 2), min_size=4, max_size=4),
-)
-def test_contiguous_means_what_torch_means(shape: list[int], order: list[int], steps: list[int]) -> None:
-    dims = [d for d in order if d < len(shape)]
-    padded: Tensor = torch.empty([size * step for size, step in zip(shape, steps, strict=False)])
-    x = padded[tuple(slice(None, None, step) for step in steps[: len(shape)])].permute(dims)
-    assert weighted._contiguous(x.shape, x.stride()) == x.is_contiguous()
 
 
 # --- who looks on -----------------------------------------------------------------------------------
@@ -176,56 +161,56 @@ def test_compiled_autograd_takes_the_backward_pass_whole(fused: str) -> None:
         torch.testing.assert_close(feature.grad, grad)
 
 
+# --- GPU streams and captured graphs, played on a CPU ------------------------------------------------
+
+
+def plan_of(features: list[Tensor]) -> Plan:
+    return functional._plan(features, "break", plain=True)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_weights_made_on_one_stream_are_not_read_on_another(
+    norm: str, monkeypatch: pytest.MonkeyPatch, fused: str
+) -> None:
+    """Nothing makes another stream wait until they are there."""
+    plan, options = plan_of([torch.zeros(3, 11)] * 3), FlowOptions(norm=norm)
+    plan.kept.clear()
+    read = []
+    for stream in ("one", "other"):
+        monkeypatch.setattr(weights, "_owner", lambda device, stream=stream: stream)
+        read.append(weights.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")))
+        assert weights.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")) is read[-1]
+    one, other = plan.kept.values()
+    assert one.gradient.data_ptr() != other.gradient.data_ptr()
+    assert read[0].data_ptr() != read[1].data_ptr()
+    assert torch.equal(*read)
+
+
 @pytest.mark.parametrize("gradient", [0.3, [0.1, 0.2, 0.2, -0.3]], ids=["a number", "a list"])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_weights_made_while_a_graph_is_captured(
     norm: str, gradient: float | list[float], monkeypatch: pytest.MonkeyPatch, fused: str
 ) -> None:
-    """They have no values until it is replayed: nothing of them is kept, nothing is copied from the host."""
+    """They have no values until it is replayed: nothing of them is kept, what is kept is not read (it may be forgotten
+    before the replay), and nothing is copied from the host."""
     features = random_features(*[(3, 5)] * 3, *[(2, 7)] * 3)
     options: dict[str, Any] = dict(gradient=gradient, curvature=0.7, norm=norm, backend=fused)
     expected = ffr_loss(features, **options)
-    term_weights._entry_weights.cache_clear()
-    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
-    of = weighted.EntryWeights.of
-    made: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        weighted.EntryWeights, "of", classmethod(lambda cls, tensor: made.append(tensor) or of(tensor))
-    )
+    kept = {key: units.last for key, units in plan_of(features).kept.items()}
+    for units in plan_of(features).kept.values():
+        units.gradient.fill_(torch.nan)  # whoever reads it shows it
+    monkeypatch.setattr(weights, "_capturing", lambda device: True)
+    monkeypatch.setattr(weights, "_owner", lambda device: None)
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a copy from the host"))
     for _ in range(2):
         assert torch.equal(ffr_loss(features, **options), expected)
-    assert len(made) == 2
-    assert term_weights._entry_weights.cache_info().currsize == 0
-    monkeypatch.undo()
-    assert torch.equal(ffr_loss(features, **options), expected)
-    assert term_weights._entry_weights.cache_info().currsize == 1
+    assert {key: units.last for key, units in plan_of(features).kept.items()} == kept
 
 
-def test_a_list_of_weights_beside_angles_while_a_graph_is_captured(
-    monkeypatch: pytest.MonkeyPatch, fused: str
+@pytest.mark.parametrize("weights_of_terms", [[0.1, 0.2, 0.2], []], ids=["some", "none"])
+def test_a_list_filled_in_by_kernels_is_the_list(
+    weights_of_terms: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = random_features(*[(3, 5)] * 4)
-    options: dict[str, Any] = dict(gradient=[0.1, 0.2, 0.2], curvature_kind="angle", norm="l2", backend=fused)
-    expected = ffr_loss(features, **options)
-    assert term_weights._list_on_device.cache_info().currsize > 0
-    assert torch.equal(ffr_loss(features, **options), expected)
-    term_weights._list_on_device.cache_clear()
-    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
-    monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a copy from the host"))
-    assert torch.equal(ffr_loss(features, **options), expected)
-    assert term_weights._list_on_device.cache_info().currsize == 0
-
-
-def test_what_a_captured_graph_reads_is_never_forgotten(monkeypatch: pytest.MonkeyPatch, fused: str) -> None:
-    features = random_features(*[(3, 5)] * 4)
-    ffr_loss(features, gradient=0.125, backend=fused)
-    monkeypatch.setattr(term_weights, "_capturing", lambda device: True)
-    monkeypatch.setattr(term_weights, "_read_by_graphs", {})
-    ffr_loss(features, gradient=0.125, backend=fused)
-    (weights,) = term_weights._read_by_graphs.values()
-    term_weights._entry_weights.cache_clear()
-    assert isinstance(weights, weighted.EntryWeights)
-    no_curvature: dict[str, Any] = dict(gradient=[1.0], curvature=[], curvature_kind="angle", backend=fused)
-    assert torch.equal(
-        ffr_loss(features[:2], **no_curvature), ffr_loss(features[:2], gradient=1.0, backend=fused)
-    )
+    monkeypatch.setattr(weights, "_capturing", lambda device: True)
+    made = weights._on_device(weights_of_terms, torch.float32, torch.device("cpu"))
+    assert torch.equal(made, torch.tensor(weights_of_terms))
