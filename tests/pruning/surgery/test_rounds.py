@@ -12,7 +12,7 @@ from random_nets import RandomNet
 from torch import nn
 
 from ffr_ext import CompactionPlan, compact
-from ffr_ext.pruning import compaction
+from ffr_ext.pruning.surgery import search
 from ffr_ext.pruning.surgery.compose import CannotCompose, compose
 from ffr_ext.pruning.surgery.cuts import Cut
 
@@ -104,7 +104,7 @@ def test_what_a_cut_makes_possible_is_in_the_same_plan(
     torch.manual_seed(0)
     model, x = make(), torch.randn(X)
     with monkeypatch.context() as context:
-        context.setattr(compaction, "MAX_ROUNDS", 1)
+        context.setattr(search, "MAX_ROUNDS", 1)
         one_round = compact(model, x, strict=strict, measure=False)
     result = compact(model, x, strict=strict, measure=False)
     assert result.report.parameters[1] < one_round.report.parameters[1], "the case needs a second round"
@@ -130,8 +130,8 @@ def test_the_report_counts_all_rounds() -> None:
 def test_one_traced_graph_is_enough_for_most_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept for a size, and no coupling changes: the second export would be for nothing."""
     traces = []
-    original = compaction.trace
-    monkeypatch.setattr(compaction, "trace", lambda *a: traces.append(1) or original(*a))
+    original = search.trace
+    monkeypatch.setattr(search, "trace", lambda *a: traces.append(1) or original(*a))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     kill(model[0], [1, 2], range(8))
     assert not compact(model, torch.randn(X), measure=False).plan.is_empty
