@@ -58,6 +58,7 @@ class Search:
         self.check, self.options = check, options
         self.source = source_shapes(model)
         self.notes: list[str] = []
+        self.needed: set[tuple[str, int]] = set()  # dimensions of tensors whose size the forward code depends on
 
     def run(self, strict: bool) -> Found:
         """Rounds until one finds nothing more, as one plan: the result is as small as it gets."""
@@ -68,7 +69,9 @@ class Search:
                 break
             try:
                 check = Check(found.candidate, self.args, self.kwargs)
-                last = Search(found.candidate, self.args, self.kwargs, check, self.options)._round(strict)
+                search = Search(found.candidate, self.args, self.kwargs, check, self.options)
+                search.needed = self.needed
+                last = search._round(strict)
                 if last.plan.is_empty:
                     break
                 plan = compose(found.plan, last.plan)
@@ -84,6 +87,8 @@ class Search:
         replaced, analysis = self._replace_branches()
         solver = Solver(analysis, self.options)
         forbidden = torch.zeros(len(solver.sets), dtype=torch.bool, device="cpu")
+        for axis in self.needed & solver.axes.keys():
+            forbidden[solver.axes[axis]] = True
         found = self._largest(solver, replaced, forbidden, self.check.require_equal)
         if not strict:
             # What the forward code forbids is found with exact removals, where a difference means a mistake; here
@@ -91,6 +96,7 @@ class Search:
             exact, solver = solver, Solver(Analysis(analysis.graph, strict=False), self.options)
             forbidden = solver.translate(forbidden, exact)
             found = self._largest(solver, replaced, forbidden, self.check.error)
+        self.needed |= {axis for axis, channels in solver.axes.items() if bool(forbidden[channels].any())}
         for channel in (forbidden & ~solver.sets.pinned).nonzero().flatten().tolist():
             solver.reasons.setdefault(channel, "the forward code depends on its size")
         return Found(found.candidate, found.plan, found.error, solver, found.removed, self.notes)

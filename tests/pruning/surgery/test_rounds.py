@@ -93,7 +93,6 @@ def branch_dead_after_the_cut() -> nn.Module:
     [
         (grouped_to_depthwise, True),
         (grouped_to_depthwise, False),
-        (kept_for_a_size_then_needed, True),  # without strict, no constant is needed
         (branch_dead_after_the_cut, True),
         (branch_dead_after_the_cut, False),
     ],
@@ -117,6 +116,24 @@ def test_what_a_cut_makes_possible_is_in_the_same_plan(
     result.plan.apply(other).load_state_dict(result.model.state_dict())
     assert torch.equal(other(x), result.model(x))
     assert torch.equal(result.plan.apply(model)(x), result.model(x))
+
+
+def test_a_channel_kept_for_a_size_that_another_fills_leaves_in_the_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One traced graph is enough for it."""
+    torch.manual_seed(0)
+    model, x = kept_for_a_size_then_needed(), torch.randn(X)
+    traces = []
+    original = search.trace
+    monkeypatch.setattr(search, "trace", lambda *a: traces.append(1) or original(*a))
+    result = compact(model, x, measure=False)
+    assert len(traces) == 1
+    kept = result.plan.cuts["layers.a.weight"][0].keep
+    assert kept is not None
+    assert list(kept) == [0, 2, 4, 5, 6, 7]  # not 1 and 3, the constants of 0
+    assert compact(result.model, x, measure=False).plan.is_empty
+    assert (result.model(x) - model(x)).abs().max() < 1e-5
 
 
 def test_the_report_counts_all_rounds() -> None:
