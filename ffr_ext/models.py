@@ -38,6 +38,28 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def output_tensors(result: Any) -> list[Tensor]:
+    """The tensors that a model returns, also those inside objects that no pytree knows. A cache of transformers is no
+    output but a state: what the same model reads in its next call."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look_into(value: Any) -> None:
+        for leaf in tree_leaves(value, is_leaf=_is_cache):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif not _is_cache(leaf) and not isinstance(leaf, nn.Module | type) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                look_into(list(getattr(leaf, "__dict__", {}).values()))
+
+    look_into(result)
+    return found
+
+
+def _is_cache(value: Any) -> bool:
+    return any(c.__module__.startswith("transformers.") and c.__name__.endswith("Cache") for c in type(value).__mro__)
+
+
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """The models in eval mode and no gradients inside; every module's own mode afterwards."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import map_tensors, tree_leaves, tree_map
-from ..models import OUT_OF_MEMORY, deep_copy, evaluating
+from .._torch import map_tensors, tree_map
+from ..models import OUT_OF_MEMORY, deep_copy, evaluating, output_tensors
 from .graph.trace import TracedGraph
 
 # Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
@@ -99,8 +99,7 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     # Inputs are copied: a model may write to them.
     args, kwargs = map_tensors(Tensor.clone, (args, kwargs))
     with evaluating(model):
-        leaves = tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return output_tensors(model(*args, **kwargs))
 
 
 def _source_outputs(
