@@ -18,7 +18,7 @@ from ..models import as_call, deep_copy
 from .graph.solver import Options
 from .measure import count_bytes, count_flops, count_parameters, measure_latency
 from .ranks import check_same_on_all_ranks
-from .report import CompactionReport, channel_sets
+from .report import CompactionReport, channel_sets, experts_that_stay
 from .surgery import optimizer as optimizer_state
 from .surgery.plan import CompactionPlan, check_plain_module
 from .surgery.search import Search
@@ -107,6 +107,8 @@ def compact(
         except optimizer_state.OptimizerError as error:
             raise ValueError(str(error)) from error
     after = (count_parameters(result), count_flops(result, args, kwargs), count_bytes(result))
+    remark = check.remark(found.error)
+    notes = [*found.notes, *experts_that_stay(found.solver), *([remark] if remark else [])]
     report = CompactionReport(
         parameters=(before[0], after[0]),
         flops=(before[1], after[1]),
@@ -117,6 +119,6 @@ def compact(
         sets=channel_sets(found.solver, found.removed),
         replaced=dict(found.plan.replaced),
         unknown_ops=dict(found.solver.analysis.unknown),
-        notes=found.notes,
+        notes=notes,
     )
     return Compaction(result, found.plan, report)
