@@ -84,9 +84,6 @@ def compact(
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    for name, flag in (("strict", strict), ("inplace", inplace), ("measure", measure)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     optimizer_state.check_optimizer(optimizer)
     with check_same_on_all_ranks() as agree:
         args, kwargs = as_call(example_inputs)
