@@ -174,7 +174,7 @@ def load_checkpoint(model: torch.nn.Module, path: str, key: str | None = None) -
 
 def _why(error: Exception) -> str:
     """What the unpickler met, without its advice."""
-    met = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed| by default|$)", str(error), re.MULTILINE)
+    met = re.search(r"WeightsUnpickler error:\s*(.*?)(?: was not an allowed| by default|$)", str(error), re.MULTILINE)
     said = met[1] if met else next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {said}"
 
