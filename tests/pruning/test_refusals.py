@@ -21,12 +21,6 @@ def test_an_example_that_checks_nothing_is_refused(x: Tensor) -> None:
         compact(dead(), x)
 
 
-@pytest.mark.parametrize("flag", ["strict", "inplace", "measure"])
-def test_a_flag_that_is_none_is_refused(flag: str) -> None:
-    with pytest.raises(TypeError, match=f"{flag}: expected True or False, got 'no'"):
-        compact(dead(), torch.randn(1, 3, 8, 8), **{flag: "no"})
-
-
 @pytest.mark.parametrize(
     "optimizer", ["adam", torch.optim.Adam, [torch.zeros(1)]], ids=["name", "class", "list"]
 )

@@ -48,7 +48,8 @@ class Solver:
         ]
         self.absorbing = _absorbing_reads(analysis)
         self.reasons: dict[int, str] = {}
-        self.gave_back = False  # the last `solve` kept dead channels for a size
+        self._gave_back = False  # dead channels were kept for a size
+        self._settled = torch.zeros(0, dtype=torch.bool)  # channels that have left for good
         self._strength: Tensor | None = None
 
     def _families(self) -> Tensor:
@@ -75,9 +76,22 @@ class Solver:
 
     @on_cpu
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
-        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
+        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's.
+
+        Channels are given back for a size one dimension after the other, and one that was given back early may be
+        there for another that turned out to be needed later. So what has left is settled, and solved for again, until
+        nothing more leaves.
+        """
+        self._settled = torch.zeros(len(self.sets), dtype=torch.bool)
+        while True:
+            removed, gave_back = self._solve_once(forbidden)
+            if not gave_back or torch.equal(removed, self._settled):
+                return removed
+            self._settled = removed
+
+    def _solve_once(self, forbidden: Tensor | None) -> tuple[Tensor, bool]:
         self.reasons = {}
-        self.gave_back = False
+        self._gave_back = False
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -85,10 +99,12 @@ class Solver:
         # turn are made from need not stay. So a dead branch that must keep one channel loses all its other
         # weights.
         spare = torch.zeros_like(removed)
+        if bool(self._settled.any()):
+            self._keep_the_last(removed, spare)
         while True:
             self._take_back_needed(removed, spare)
             if not self._restore(removed, spare):
-                return removed
+                return removed, self._gave_back
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
@@ -131,6 +147,15 @@ class Solver:
     # ---------------------------------------------------------------------------------------------------
     # Sizes that must fit
     # ---------------------------------------------------------------------------------------------------
+
+    def _keep_the_last(self, removed: Tensor, spare: Tensor) -> None:
+        """Dimensions that are down to what they have to keep keep it, before others ask for what that reads."""
+        for (name, dim), channels in self.axes.items():
+            size = channels.numel()
+            filters = self.analysis.out_axes.get(name) == dim
+            least = min(size, self.options.min_channels) if filters else 1
+            if size - int(self._settled[channels].sum()) <= least:
+                self._give_back(removed, spare, channels, least, "dead, kept for min_channels")
 
     def _restore(self, removed: Tensor, spare: Tensor) -> bool:
         """Give back dead channels, the strongest first, until every dimension has an allowed size."""
@@ -191,13 +216,13 @@ class Solver:
             self._give_back(removed, spare, part, most - count, why)
 
     def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
-        gone = channels[removed[channels]].unique()
+        gone = channels[removed[channels] & ~self._settled[channels]].unique()
         if count <= 0 or not gone.numel():
             return
         strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
         removed[strongest] = False
         spare[strongest] = True
-        self.gave_back = True
+        self._gave_back = True
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 
