@@ -65,6 +65,7 @@ class Read:
         None  # [outputs, inputs]: what an input of constant 1 adds to the outputs
     )
     bias: BiasTarget | None = None
+    weight: WeightTarget | None = None
     silenced: Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.bool)
     )  # see Analysis._silenced
@@ -83,6 +84,15 @@ class BiasTarget:
     exists: bool
     offset: int = 0
     size: int = 0
+
+
+@dataclass(frozen=True)
+class WeightTarget:
+    """The parameter whose slices along `dim` belong to the inputs of a read; of a group, those of its outputs."""
+
+    name: str
+    dim: int
+    rows: range | None = None  # the outputs of a group
 
 
 @dataclass
