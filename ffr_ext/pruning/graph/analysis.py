@@ -37,6 +37,7 @@ class Flow:
     labels: tuple[Labels, ...]
     state: State
     name: str | None = None  # of the parameter or buffer this is
+    inner: State | None = None  # where this is zero-padded in space: the state of what was padded
 
     @property
     def rank(self) -> int:

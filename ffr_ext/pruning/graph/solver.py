@@ -81,6 +81,7 @@ class Solver:
         """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
         self.reasons = {}
         self.gave_back = self.carriers.gave_up = False
+        chosen: set[int] = set()
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -89,21 +90,32 @@ class Solver:
         # weights.
         spare = torch.zeros_like(removed)
         while True:
-            self._take_back_needed(removed, spare)
+            self._take_back_needed(removed, spare, chosen)
             if not self._restore(removed, spare):
-                return removed
+                break
+        self.gave_back |= self.carriers.gave_up and self._replaceable(chosen, removed)
+        return removed
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
     # ---------------------------------------------------------------------------------------------------
 
-    def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
+    def _take_back_needed(self, removed: Tensor, spare: Tensor, chosen: set[int]) -> None:
         while waiting := self._take_back(removed, spare):
             for channel, entry in self.carriers.choose(waiting, removed).items():
                 removed[channel] = False
                 spare[channel] = True
+                chosen.add(channel)
                 self._explain(entry.read, entry.inputs, entry.inputs == channel)
-            self.gave_back |= self.carriers.gave_up
+
+    def _replaceable(self, chosen: set[int], removed: Tensor) -> bool:
+        """Whether some carrier is nowhere the only one: another may do once the largest constants have left."""
+        alone = torch.zeros_like(removed)
+        for read, inputs, _ in self.reads:
+            able = self.carriers.mergeable[id(read)] & ~self.absorbing[id(read)] & ~removed[inputs]
+            if int(able.sum()) == 1:
+                alone[inputs[able]] = True
+        return not bool(alone[list(chosen)].all())
 
     def _take_back(self, removed: Tensor, spare: Tensor) -> list[Waiting]:
         """What is needed, whichever channels carry constants; then the constants that nothing carries yet."""
@@ -148,6 +160,14 @@ class Solver:
             carried = self._lost(read, inputs, outputs, removed)
             if bool(carried.any()):
                 yield self.carriers.assign(read, inputs, carried, removed)
+
+    @on_cpu
+    def carried(self, removed: Tensor) -> Tensor:
+        """bool per channel: it leaves as a constant that another channel carries."""
+        result = torch.zeros_like(removed)
+        for read, inputs, outputs in self.reads:
+            result[inputs[self._lost(read, inputs, outputs, removed)]] = True
+        return result
 
     def _explain(self, read: Read, inputs: Tensor, blocked: Tensor) -> None:
         refusal = read.refusal or "the layer is used several times, with different constants"

@@ -123,7 +123,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
         transposed and groups > 1 and not (depthwise and n_in == n_out)
     ):
         return None
-    borders = _has_borders(bound, kernel, transposed)
+    borders = _has_borders(bound, kernel, transposed) or x.inner is not None
     taken = weight.state.value.expand(weight.shape).double()
     if transposed:  # a stride s spreads an input over s outputs: the mean over them is the interior value
         taken = (
@@ -141,7 +141,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
     if weight.name is not None:
         analysis.out_axes[weight.name] = own_out
 
-    value, live, uniform = per_index(x.state, channel, n_in)
+    value, live, uniform = per_index(x.inner or x.state, channel, n_in)
     if analysis.strict:
         live = live | ~uniform
     bias_value = None if bias is None else bias.state.value.expand(bias.shape)
