@@ -92,18 +92,21 @@ class Carriers:
     def choose(self, waiting: Sequence[Waiting], removed: Tensor) -> dict[int, Waiting]:
         """Channel that has to stay as a carrier -> a read that needs it. Few serve all: each time the one that
         serves most reads, then the one that could serve most others, then the largest constant."""
+        able = [self._able(entry, removed) for entry in waiting]
+        channels = torch.cat([c for c, _ in able])
+        sizes = torch.cat([s for _, s in able])
+        entries = torch.repeat_interleave(torch.arange(len(able)), torch.tensor([len(c) for c, _ in able]))
         chosen: dict[int, Waiting] = {}
-        left = [(entry, *self._able(entry, removed)) for entry in waiting]
-        while left:
-            served, least = torch.zeros_like(self._reach), torch.full_like(self._reach, torch.inf)
-            for _, channels, sizes in left:
-                served[channels.unique()] += 1
-                least.scatter_reduce_(0, channels, sizes, "amin")
+        while len(entries):
+            served = torch.zeros_like(self._reach).index_add_(0, channels, torch.ones_like(sizes))
+            least = torch.full_like(self._reach, torch.inf).scatter_reduce_(0, channels, sizes, "amin")
             most = served == served.max()
             most &= self._reach == self._reach[most].max()
             channel = int(torch.where(most, least, -1.0).argmax())
-            chosen[channel] = next(entry for entry, channels, _ in left if channel in channels)
-            left = [entry for entry in left if channel not in entry[1]]
+            with_it = entries[channels == channel]
+            chosen[channel] = waiting[int(with_it[0])]
+            rest = ~torch.isin(entries, with_it)
+            channels, sizes, entries = channels[rest], sizes[rest], entries[rest]
         return chosen
 
     def _able(self, entry: Waiting, removed: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,9 @@ class Carriers:
         candidates = self.mergeable[id(entry.read)] & removed[entry.inputs]
         able = candidates & (size * LARGEST_FACTOR >= 1)
         self.gave_up |= bool((candidates & ~able).any())
-        return entry.inputs[able], size[able]
+        channels, position = entry.inputs[able].unique(return_inverse=True)  # the same one can be there twice
+        least = torch.full((len(channels),), torch.inf).scatter_reduce_(0, position, size[able], "amin")
+        return channels, least
 
     def assign(self, read: Read, inputs: Tensor, carried: Tensor, removed: Tensor) -> Merged:
         """The largest constant that stays carries all."""
