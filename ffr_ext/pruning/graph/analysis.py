@@ -37,6 +37,7 @@ class Flow:
     labels: tuple[Labels, ...]
     state: State
     name: str | None = None  # of the parameter or buffer this is
+    inner: State | None = None  # where this is zero-padded in space: the state of what was padded
 
     @property
     def rank(self) -> int:
@@ -65,6 +66,7 @@ class Read:
         None  # [outputs, inputs]: what an input of constant 1 adds to the outputs
     )
     bias: BiasTarget | None = None
+    weight: WeightTarget | None = None
     silenced: Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.bool)
     )  # see Analysis._silenced
@@ -83,6 +85,15 @@ class BiasTarget:
     exists: bool
     offset: int = 0
     size: int = 0
+
+
+@dataclass(frozen=True)
+class WeightTarget:
+    """The parameter whose slices along `dim` belong to the inputs of a read; of a group, those of its outputs."""
+
+    name: str
+    dim: int
+    rows: range | None = None  # the outputs of a group
 
 
 @dataclass

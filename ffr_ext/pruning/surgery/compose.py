@@ -16,6 +16,7 @@ from ..graph.analysis import Constraint, Flow
 from ..graph.solver import Solver
 from ..graph.states import on_cpu
 from .cuts import Cut, cut_shape
+from .merges import compose_merges
 from .plan import CompactionPlan
 
 
@@ -108,7 +109,12 @@ def compose(first: CompactionPlan, second: CompactionPlan) -> CompactionPlan:
         for path in dict.fromkeys([*first.attributes, *second.attributes])
         if path not in replaced and not _inside(path, replaced)
     }
-    return CompactionPlan(first.source, cuts, biases, attributes, replaced)
+    merges = {
+        name: entries
+        for name, entries in compose_merges(first.source, first.cuts, first.merges, second.merges).items()
+        if not _inside(name, replaced)
+    }
+    return CompactionPlan(first.source, cuts, biases, attributes, replaced, merges)
 
 
 def _inside(name: str, paths: Mapping[str, str]) -> bool:

@@ -13,6 +13,7 @@ from ..filters import CONVOLUTIONS, TRANSPOSED, BatchNorm
 from ..graph.solver import Solver
 from ..graph.states import on_cpu
 from .cuts import Cut, cut_shape
+from .merges import merges_of
 from .plan import CompactionPlan
 
 
@@ -25,6 +26,7 @@ def make_plan(
     return CompactionPlan(
         source=source,
         cuts=cuts,
+        merges=merges_of(solver.merged(removed)),
         biases=_biases(solver, removed),
         attributes=_attributes(solver, removed, cuts, source),
         replaced=replaced,
@@ -52,7 +54,7 @@ def _biases(solver: Solver, removed: Tensor) -> dict[str, dict[str, Any]]:
     creates: dict[str, bool] = {}
     done: set[tuple[str, int]] = set()
     for read, inputs, outputs in reversed(solver.reads):
-        taken = removed[inputs] & (read.value != 0) & ~read.live
+        taken = removed[inputs] & (read.value != 0) & ~read.live & solver.absorbing[id(read)]
         if read.bias is None or read.weight_sum is None or not bool(taken.any()):
             continue
         name, part = read.bias.name, slice(read.bias.offset, read.bias.offset + outputs.numel())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import states
-from ..analysis import Analysis, BiasTarget, Constraint, Flow, Labels, Read, meta_shape
+from ..analysis import Analysis, BiasTarget, Constraint, Flow, Labels, Read, WeightTarget, meta_shape
 from ..registry import rule
 from ..states import along, per_index
 from ..trace import module_path, where
@@ -123,7 +123,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
         transposed and groups > 1 and not (depthwise and n_in == n_out)
     ):
         return None
-    borders = _has_borders(bound, kernel, transposed)
+    borders = _has_borders(bound, kernel, transposed) or x.inner is not None
     taken = weight.state.value.expand(weight.shape).double()
     if transposed:  # a stride s spreads an input over s outputs: the mean over them is the interior value
         taken = (
@@ -141,7 +141,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
     if weight.name is not None:
         analysis.out_axes[weight.name] = own_out
 
-    value, live, uniform = per_index(x.state, channel, n_in)
+    value, live, uniform = per_index(x.inner or x.state, channel, n_in)
     if analysis.strict:
         live = live | ~uniform
     bias_value = None if bias is None else bias.state.value.expand(bias.shape)
@@ -172,6 +172,9 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
                 bias=None
                 if target is None
                 else BiasTarget(target.module, target.name, target.exists, of_out.start, target.size),
+                weight=None
+                if weight.name is None
+                else WeightTarget(weight.name, own_in, None if groups == 1 else range(of_out.start, of_out.stop)),
             )
             analysis.reads.append(read)
             blocked = live[of_in] | ((value[of_in] != 0) & borders & analysis.strict)
@@ -330,6 +333,7 @@ def _weighted(
         refusal=_refusal(False, target),
         weight_sum=matrix.double,
         bias=target,
+        weight=None if weight.name is None else WeightTarget(weight.name, 1 - out_dim),
     )
     analysis.reads.append(read)
     out, out_live = _mixed_state(

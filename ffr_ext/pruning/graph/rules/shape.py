@@ -362,7 +362,10 @@ def _pad(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
         amount = [0, 0] * i + [before, after]
         value = torch.nn.functional.pad(value, amount, value=fill)
         live = torch.nn.functional.pad(live.byte(), amount, value=0).bool()
-    return Flow(shape, tuple(labels), states.make(value, live))
+    padded = [flow.rank - 1 - i for i in range(len(amounts) // 2) if amounts[2 * i] or amounts[2 * i + 1]]
+    in_space = constant and fill == 0 and all(d >= 2 and flow.labels[d] is None for d in padded)
+    inner = (flow.inner or flow.state) if in_space else None
+    return Flow(shape, tuple(labels), states.make(value, live), inner=inner)
 
 
 def _bordered(
