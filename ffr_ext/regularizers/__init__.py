@@ -3,5 +3,18 @@
 from __future__ import annotations
 
 from .base import BaseRegularizer, Regularizer
+from .group_lasso import SparseGroupLasso
+from .oicsr import OutInChannelLasso
+from .prox import prox
+from .scale_lasso import ScaleLasso
+from .stress import Stress
 
-__all__ = ["BaseRegularizer", "Regularizer"]
+__all__ = [
+    "BaseRegularizer",
+    "OutInChannelLasso",
+    "Regularizer",
+    "ScaleLasso",
+    "SparseGroupLasso",
+    "Stress",
+    "prox",
+]

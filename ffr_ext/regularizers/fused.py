@@ -1,0 +1,259 @@
+"""What penalties on groups of weights ask of memory, each in one launch for a list of tensors: the norms of the rows
+and columns of a tensor in one read, gradients proportional to the weights, and shrinking in place.
+
+A tensor of shape (O, I, ...) is seen as W[o, i, k]: its row o is the slice `W[o]`, its column i the slice `W[:, i]`,
+whatever the order in memory. A 1-D tensor has rows of one element and no columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..pruning.norms import NORM_DTYPES, filter_norms, tensor_list
+
+__all__ = ["add_scaled_", "row_column_norms", "shrink_"]
+
+# One vector of factors for each tensor, or None where a tensor has none; None for no factors at all.
+Factors = Sequence[Tensor | None] | None
+
+
+def row_column_norms(
+    tensors: Sequence[Tensor], p: float = 2, *, backend: str = "auto"
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The p-norms of all rows and of all columns of every tensor, each tensor read once.
+
+    Equal to, for each tensor w of two or more dimensions::
+
+        (torch.linalg.vector_norm(w.float().flatten(1), p, dim=1),
+         torch.linalg.vector_norm(w.float().transpose(0, 1).flatten(1), p, dim=1))
+
+    but accumulated in float64. NaN gives NaN.
+
+    Args:
+        tensors: Dense tensors of one or more dimensions, float16, bfloat16, float32 or float64, mixed as they come.
+        p: 1, 2 or ``math.inf``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        For each tensor the ``w.shape[0]`` norms of its rows and the ``w.shape[1]`` norms of its columns (None for a
+        1-D tensor), on its device; float64 for float64 tensors, else float32. Not differentiable. Those of one
+        device are views of one tensor: clone what is changed or kept long.
+
+    Raises:
+        TypeError: ``tensors`` is not a sequence of tensors. ValueError: another p, a dtype that is not listed, or a
+        tensor without dimensions.
+    """
+    weights = _weights("tensors", tensors)
+    rows = filter_norms(weights, p, 0, backend=backend)
+    wide = [w for w in weights if w.dim() > 1]
+    columns = iter(filter_norms(wide, p, 1, backend=backend))
+    return [(r, next(columns) if w.dim() > 1 else None) for r, w in zip(rows, weights, strict=True)]
+
+
+def add_scaled_(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rows: Factors = None,
+    columns: Factors = None,
+    slope: float | Sequence[float] = 0.0,
+    tau: float | Sequence[float] = 0.0,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Add multiples of the weights to the gradients, in place and in one launch::
+
+        G[o, i, k] += W[o, i, k] * (r[o] + q[i] + slope * (|W[o, i, k]| <= tau))
+
+    Computed in float32 (float64 for float64 weights) and rounded once. A NaN weight gives a NaN gradient.
+
+    Args:
+        grads: What is added to: one tensor for each weight, of its shape, dtype and device. No two may share memory.
+        weights: Dense tensors, float16, bfloat16, float32 or float64, mixed as they come. Grads in the same layout in
+            memory are the fast case; others are written through a copy.
+        rows: r, for each tensor a 1-D floating-point tensor of ``w.shape[0]`` entries on its device, or None for 0.
+        columns: q, likewise of ``w.shape[1]`` entries.
+        slope: One finite number for all, or one for each tensor.
+        tau: One finite number of 0 or more for all, or one for each tensor.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Raised before anything is written.
+    """
+    targets = tensor_list("grads", grads)
+    sources = _weights("weights", weights)
+    if len(targets) != len(sources):
+        raise ValueError(f"grads: expected one for each of the {len(sources)} weights, got {len(targets)}")
+    for index, (grad, weight) in enumerate(zip(targets, sources, strict=True)):
+        for what in ("shape", "dtype", "device"):
+            ours, theirs = getattr(grad, what), getattr(weight, what)
+            if ours != theirs:
+                show = tuple if what == "shape" else str
+                raise ValueError(
+                    f"grads[{index}]: expected the {what} of weights[{index}], {show(theirs)}, got {show(ours)}"
+                )
+    _refuse_shared("grads", targets)
+    scales = _scales(sources, rows, columns)
+    slopes = _numbers("slope", slope, len(sources))
+    taus = _numbers("tau", tau, len(sources), least=0.0)
+    _check_backend(sources, backend)
+    with torch.no_grad():
+        for grad, weight, scale, s, t in zip(targets, sources, scales, slopes, taus, strict=True):
+            w = weight.detach().to(_compute_dtype(weight))
+            factor = scale.sum(w) + s * (w.abs() <= t)
+            grad.copy_(grad.detach().to(w.dtype) + w * factor)
+
+
+def shrink_(
+    weights: Sequence[Tensor],
+    rows: Factors = None,
+    columns: Factors = None,
+    tau: float | Sequence[float] = 0.0,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Scale the weights and cut off what is small, in place and in one launch::
+
+        W[o, i, k] *= r[o] * q[i];  W[o, i, k] = 0 where |W[o, i, k]| <= tau
+
+    Computed in float32 (float64 for float64 weights), compared before the one rounding. With ``tau=0`` a -0.0 becomes
+    0.0. NaN stays NaN.
+
+    Args:
+        weights: Dense tensors, float16, bfloat16, float32 or float64, mixed as they come. No two may share memory.
+        rows: r, for each tensor a 1-D floating-point tensor of ``w.shape[0]`` entries on its device, or None for 1.
+        columns: q, likewise of ``w.shape[1]`` entries.
+        tau: One finite number of 0 or more for all, or one for each tensor.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Raised before anything is written.
+    """
+    targets = _weights("weights", weights)
+    _refuse_shared("weights", targets)
+    scales = _scales(targets, rows, columns)
+    taus = _numbers("tau", tau, len(targets), least=0.0)
+    _check_backend(targets, backend)
+    with torch.no_grad():
+        for weight, scale, t in zip(targets, scales, taus, strict=True):
+            w = weight.detach().to(_compute_dtype(weight)) * scale.product(weight)
+            weight.copy_(torch.where(w.abs() <= t, 0.0, w))
+
+
+class _Scale(NamedTuple):
+    """The factors of the rows and columns of one tensor; None where there are none."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def _present(self, weight: Tensor) -> Iterator[Tensor]:
+        """Each in the compute dtype, in a shape that goes with the weight's."""
+        for dim, factors in enumerate(self):
+            if factors is not None:
+                yield factors.detach().to(_compute_dtype(weight)).view(-1, *[1] * (weight.dim() - 1 - dim))
+
+    def sum(self, weight: Tensor) -> Tensor:
+        return sum(self._present(weight), weight.new_zeros((), dtype=_compute_dtype(weight)))
+
+    def product(self, weight: Tensor) -> Tensor:
+        return math.prod(self._present(weight), start=weight.new_ones((), dtype=_compute_dtype(weight)))
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _check_backend(tensors: Sequence[Tensor], backend: str) -> None:
+    for device in dict.fromkeys(t.device for t in tensors):
+        backends.resolve(backend, device.type)
+
+
+def _weights(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    weights = tensor_list(name, tensors)
+    for index, weight in enumerate(weights):
+        if weight.dtype not in NORM_DTYPES:
+            raise ValueError(
+                f"{name}[{index}]: expected dtype float16, bfloat16, float32 or float64, got {weight.dtype}"
+            )
+        if weight.dim() == 0:
+            raise ValueError(f"{name}[{index}]: expected at least one dimension, got a tensor without any")
+    return weights
+
+
+def _refuse_shared(name: str, tensors: Sequence[Tensor]) -> None:
+    """What is written must not be written twice: threads would race for it."""
+    first: dict[int, int] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() and first.setdefault(tensor.data_ptr(), index) != index:
+            raise ValueError(
+                f"{name}[{index}]: expected memory of its own, got that of {name}[{first[tensor.data_ptr()]}]"
+            )
+
+
+def _scales(weights: Sequence[Tensor], rows: Factors, columns: Factors) -> list[_Scale]:
+    return [
+        _Scale(*pair)
+        for pair in zip(
+            _factors("rows", rows, weights, 0), _factors("columns", columns, weights, 1), strict=True
+        )
+    ]
+
+
+def _factors(name: str, factors: Factors, weights: Sequence[Tensor], dim: int) -> list[Tensor | None]:
+    if factors is None:
+        return [None] * len(weights)
+    if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+        raise TypeError(
+            f"{name}: expected a list with a tensor or None for each weight, got {type(factors).__name__}"
+        )
+    if len(factors) != len(weights):
+        raise ValueError(f"{name}: expected one for each of the {len(weights)} weights, got {len(factors)}")
+    for index, (factor, weight) in enumerate(zip(factors, weights, strict=True)):
+        if factor is not None:
+            _check_factor(f"{name}[{index}]", factor, weight, dim)
+    return list(factors)
+
+
+def _check_factor(name: str, factor: Tensor, weight: Tensor, dim: int) -> None:
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(factor).__name__}")
+    if weight.dim() <= dim:
+        raise ValueError(
+            f"{name}: expected None, since a weight of shape {tuple(weight.shape)} has no columns"
+        )
+    if tuple(factor.shape) != (weight.shape[dim],):
+        raise ValueError(f"{name}: expected shape ({weight.shape[dim]},), got {tuple(factor.shape)}")
+    if not factor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {factor.dtype}")
+    if factor.device != weight.device:
+        raise ValueError(f"{name}: expected a tensor on {weight.device}, got one on {factor.device}")
+
+
+def _numbers(
+    name: str, value: float | Sequence[float], count: int, *, least: float = -math.inf
+) -> list[float]:
+    """One finite number for each tensor."""
+    if isinstance(value, Real):
+        return [_number(name, value, least)] * count
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a number, or one for each tensor, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(
+            f"{name}: expected one number, or one for each of the {count} tensors, got {len(value)}"
+        )
+    return [_number(f"{name}[{index}]", v, least) for index, v in enumerate(value)]
+
+
+def _number(name: str, value: Any, least: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value) or value < least:
+        wanted = "a finite number" if least == -math.inf else f"a finite number of {least:g} or more"
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return float(value)
