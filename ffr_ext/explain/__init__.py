@@ -1,4 +1,4 @@
-"""Which internal features tell the classes, and what they look at (Oramas, Wang, Tuytelaars, ICLR 2019, arXiv 1712.06302).
+"""Which internal features tell the classes, and what they look at (Oramas, Wang, Tuytelaars, ICLR 2019, 1712.06302).
 
 `backward_rule` changes how a gradient passes ReLUs and strided convolutions, in any eager model; `select_features`
 finds the channels that tell the classes; `explain` and `average_visualizations` show what they look at; `localization`

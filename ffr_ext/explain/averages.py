@@ -158,7 +158,9 @@ def _cut(model: nn.Module, loader: Any, found: _Found) -> dict[str, list[Tensor]
     wanted: dict[int, list[tuple[str, int, int]]] = {}  # image -> (layer, column, place)
     for name, top in found.strongest.items():
         for column in range(len(top.channels)):
-            for number, place in zip(top.numbers[:, column].tolist(), top.places[:, column].tolist(), strict=True):
+            for number, place in zip(
+                top.numbers[:, column].tolist(), top.places[:, column].tolist(), strict=True
+            ):
                 wanted.setdefault(number, []).append((name, column, place))
     sums: dict[str, list[Tensor]] = {}
     for number, image, fingerprint in _images(model, loader):
@@ -188,7 +190,7 @@ def _patch(image: Tensor, field: ReceptiveField, shape: tuple[int, ...], place: 
     """The field of the unit at the flat index ``place`` of a map of ``shape``, edges repeated."""
     if field.whole:
         return image
-    unit = []
+    unit: list[int] = []
     for length in reversed(shape):
         place, index = divmod(place, length)
         unit.insert(0, index)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _WRAPPERS = {
     "ScriptModule": "explain the module it was scripted from",
@@ -96,7 +99,7 @@ class Layers:
         self.calls: dict[str, int] = {}
         self.handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Layers:
+    def __enter__(self) -> Self:
         for name, module in self.layers.items():
             self.handles.append(module.register_forward_hook(self._hook(name)))
         return self
@@ -132,7 +135,9 @@ class Producers:
     """Which weight ran last in front of a layer: that of the layer's channels, if it has as many."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.last: tuple[str, int, int] | None = None  # name of the weight, its dimension of outputs, their number
+        self.last: tuple[str, int, int] | None = (
+            None  # name of the weight, its dimension of outputs, their number
+        )
         self.handles = [
             module.register_forward_hook(self._hook(name, module))
             for name, module in model.named_modules()
@@ -154,7 +159,9 @@ class Producers:
         dim = 1 if transposed else 0
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            width = int(module.weight.shape[dim]) * (int(module.groups) if transposed else 1)  # type: ignore[arg-type]
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            width = weight.shape[dim] * (int(getattr(module, "groups", 1)) if transposed else 1)
             self.last = (f"{name}.weight" if name else "weight", dim, width)
 
         return hook

@@ -83,12 +83,18 @@ class _Pass:
         """Batches of ({layer: energies}, class of each image)."""
         self.watch = Producers(self.model)
         try:
-            with torch.no_grad(), Layers(self.model, self.layers, self._extremes if constants else self._take) as run:
+            with (
+                torch.no_grad(),
+                Layers(self.model, self.layers, self._extremes if constants else self._take) as run,
+            ):
                 for number, (images, labels) in enumerate(batches(loader, self.model, "select_features")):
                     self.found = {}
                     output = run(images)
                     self._check(number)
-                    yield self.found, None if constants else self._classes(number, output, labels, len(images))
+                    yield (
+                        self.found,
+                        None if constants else self._classes(number, output, labels, len(images)),
+                    )
         finally:
             self.watch.remove()
 

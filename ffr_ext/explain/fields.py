@@ -116,7 +116,10 @@ def _field(leaf: Tensor, feature: Tensor) -> ReceptiveField | None:
 
 def _extent(leaf: Tensor, feature: Tensor, unit: list[int]) -> tuple[list[int], list[int]]:
     """First and last pixel along each axis that the unit depends on."""
-    chosen = feature[(0, slice(None), *unit)].sum()
+    chosen = feature[0]
+    for index in unit:
+        chosen = chosen.select(1, index)
+    chosen = chosen.sum()
     (signal,) = torch.autograd.grad(chosen, leaf, retain_graph=True)
     places = signal[0].ne(0).any(0).nonzero()
     if not len(places):
@@ -170,7 +173,9 @@ def _pooled(rank: int) -> Any:
             more = more if outputs * s < length + p else 0
             amounts += [p, p + more]
         channels = input.shape[-rank - 1]
-        ones = torch.full((channels, 1, *kernel), 1 / math.prod(kernel), dtype=input.dtype, device=input.device)
+        ones = torch.full(
+            (channels, 1, *kernel), 1 / math.prod(kernel), dtype=input.dtype, device=input.device
+        )
         return convolution(F.pad(input, amounts), ones, None, step, 0, gap, channels)
 
     return pool
@@ -188,10 +193,8 @@ _IDENTITY = _callables(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
 )
 _WEIGHTED = {
-    getattr(F, name)
-    for name in (
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split()
-    )
+    F.linear,
+    *(getattr(F, f"{name}{rank}d") for name in ("conv", "conv_transpose") for rank in (1, 2, 3)),
 }
 _MAXIMA: dict[Any, Any] = {
     **{getattr(F, f"max_pool{rank}d"): _pooled(rank) for rank in (1, 2, 3)},

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capture import Layers, channel_dim_of, check_model, first_tensor
+from ffr_ext.checks import check_choice
+
+from .capture import Layers, channel_dim_of, check_model, device_of, first_tensor
 from .features import channel_energies
-from .rules import backward_rule
+from .rules import RELU_RULES, backward_rule
 from .selection import Selection
 
 
@@ -48,9 +50,7 @@ class Explanation:
         arrays = {"a_batch": self.heat[:, None].cpu().numpy(), "y_batch": self.target.cpu().numpy()}
         if masks is not None:
             if masks.shape != self.heat.shape:
-                raise ValueError(
-                    f"masks: expected shape {tuple(self.heat.shape)}, got {tuple(masks.shape)}"
-                )
+                raise ValueError(f"masks: expected shape {tuple(self.heat.shape)}, got {tuple(masks.shape)}")
             arrays["s_batch"] = masks[:, None].cpu().numpy()
         return arrays
 
@@ -85,6 +85,7 @@ def explain(
         RuntimeError: a layer that ran without autograd. In each case the model is as it was.
     """
     check_model(model, "explain")
+    check_choice("rule", rule, RELU_RULES)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
         raise TypeError("x: expected a floating-point tensor of images (B, C, ...)")
     if not bool(x.isfinite().all()):
@@ -116,7 +117,9 @@ def explain(
         selection.check_fits({name: e.shape[1] for name, e in energies.items()}, "explain")
         classes = _classes(target, output, len(x), len(selection.classes))
         rows, responses = _strongest(selection, energies, classes, top)
-        parts = torch.stack([_heat(leaf, maps, selection, row, k < top - 1) for k, row in enumerate(rows.T)], 1)
+        parts = torch.stack(
+            [_heat(leaf, maps, selection, row, k < top - 1) for k, row in enumerate(rows.T)], 1
+        )
     features = [
         [
             Feature(*selection.feature(row), response) if row >= 0 else None
@@ -206,8 +209,6 @@ def explain_func(selection: Selection, **options: Any) -> Callable[..., Any]:
     """`explain` as Quantus' ``explain_func(model, inputs, targets, **kwargs)``, numpy in and (B, 1, H, W) out."""
 
     def call(model: nn.Module, inputs: Any, targets: Any, **ignored: Any) -> Any:
-        from .capture import device_of
-
         x = torch.as_tensor(inputs).to(device_of(model))
         parameter = next(model.parameters(), None)
         if parameter is not None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 _CHECK_EVERY = 20
-_LARGEST_SUPPORT = 1000  # of a class whose weights are solved for; a pseudo-inverse of this size takes a second
+_LARGEST_SUPPORT = (
+    1000  # of a class whose weights are solved for; a pseudo-inverse of this size takes a second
+)
 
 
 class Solution(NamedTuple):
@@ -44,7 +46,9 @@ def mu_lasso(
         squares: ||l||^2 of each column, what ``tolerance`` is relative to; default: the largest of ``cross``.
         max_iterations: Where it ends with a warning that says the gap.
     """
-    scale = 0.5 * (cross.abs().amax(0) if squares is None else squares).clamp(min=torch.finfo(cross.dtype).tiny)
+    scale = 0.5 * (cross.abs().amax(0) if squares is None else squares).clamp(
+        min=torch.finfo(cross.dtype).tiny
+    )
     step = 1 / max(largest_eigenvalue(gram), torch.finfo(gram.dtype).tiny)
     w = torch.zeros_like(cross)
     gradient = gram @ w - cross
@@ -123,7 +127,7 @@ def _project(w: Tensor, mu: float, positive: bool) -> Tensor:
 
 
 def largest_eigenvalue(gram: Tensor, exact_up_to: int = 4096) -> float:
-    """Of a symmetric positive semidefinite matrix; an upper bound, 1 % above the power iteration's, when it is large."""
+    """Of a symmetric positive semidefinite matrix; 1 % above the power iteration's where it is large."""
     if len(gram) <= exact_up_to:
         return float(torch.linalg.eigvalsh(gram)[-1])
     vector = torch.ones(len(gram), dtype=gram.dtype, device=gram.device)

@@ -11,7 +11,8 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from ffr_ext.checks import check_choice
 
 from .capture import check_module
 from .strides import CONVOLUTIONS, is_strided, resized
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RELU_RULES = ("guided", "deconv", "gradient")
 STRIDE_RULES = ("resize", "transpose")
@@ -87,7 +91,7 @@ class backward_rule(TorchFunctionMode):
         self.relu, self.strides, self.align = relu, strides, align
         self.seen = Seen()
 
-    def __enter__(self) -> backward_rule:
+    def __enter__(self) -> Self:
         self.seen = Seen()
         self._thread = threading.get_ident()
         # Before a module runs, because batch norm counts its batches before it calls anything that a mode can see.
@@ -95,9 +99,11 @@ class backward_rule(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hook.remove()
-        super().__exit__(kind, value, traceback)
+        super().__exit__(kind, value, trace)
         if kind is None:
             self._warn_if_idle()
 
@@ -141,7 +147,9 @@ class backward_rule(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.relu == "guided":
             y = func(*args, **kwargs)
-            y.register_hook(_positive_part)  # before the unit's own backward, which supplies [x > 0] or act'(x)
+            y.register_hook(
+                _positive_part
+            )  # before the unit's own backward, which supplies [x > 0] or act'(x)
             return y
         names = {name: value for name, value in kwargs.items() if name != "input"}
         y = _Deconv.apply(x, func, args[1:], names)
@@ -213,11 +221,11 @@ def _threshold_at_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 _HOMES = (torch, F, Tensor, torch.ops.aten)
+_ALWAYS = (
+    "relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish",
+)  # fmt: skip
 _UNITS: dict[str, _Test] = {
-    **{
-        name: _always
-        for name in "relu relu6 leaky_relu prelu elu celu selu silu gelu mish hardswish".split()
-    },
+    **dict.fromkeys(_ALWAYS, _always),
     "clamp": _zero_at(1, "min", None),
     "clip": _zero_at(1, "min", None),
     "clamp_min": _zero_at(1, "min", None),

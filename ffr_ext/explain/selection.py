@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class Selection:
             column = self.weights[:, j]
             order = column.nonzero().flatten().tolist()
             order.sort(key=lambda q, column=column: -abs(float(column[q])))  # type: ignore[misc]
-            found += [Entry(name, *rows[q], float(column[q])) for q in order]
+            found += [Entry(name, rows[q][0], rows[q][1], float(column[q])) for q in order]
         return found
 
     def table(self) -> str:
@@ -113,7 +113,10 @@ class Selection:
         width = max([5, *(len(entry.layer) for entry in self.entries)])
         names = max([5, *(len(name) for name in self.classes)])
         lines = [f"{'class':<{names}}  {'layer':<{width}}  channel    weight"]
-        lines += [f"{e.class_name:<{names}}  {e.layer:<{width}}  {e.channel:>7}  {e.weight:>8.4f}" for e in self.entries]
+        lines += [
+            f"{e.class_name:<{names}}  {e.layer:<{width}}  {e.channel:>7}  {e.weight:>8.4f}"
+            for e in self.entries
+        ]
         fit = self.fit
         lines.append(
             f"{fit.images} images, accuracy of the selected features {fit.accuracy:.1%}, residual {fit.residual:.3f}"
@@ -198,7 +201,9 @@ class Selection:
             weight, dim = weights[layer], 0
         if weight not in plan.source:
             why = f"the plan has no tensor {weight!r}" if weight else "which weight makes it is not known"
-            raise ValueError(f"in_source: layer {layer!r}: {why}; name it: weights={{{layer!r}: '....weight'}}")
+            raise ValueError(
+                f"in_source: layer {layer!r}: {why}; name it: weights={{{layer!r}: '....weight'}}"
+            )
         total = plan.source[weight][dim]
         cut = next((cut for cut in plan.cuts.get(weight, []) if cut.dim == dim), None)
         keep = list(range(total)) if cut is None else [int(index) for index in cut.keep or []]
@@ -259,7 +264,9 @@ class Selection:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'{path}: not a selection: expected "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise ValueError(f"{path}: selection of version {data.get('version')!r}, this ffr_ext reads {VERSION}")
+            raise ValueError(
+                f"{path}: selection of version {data.get('version')!r}, this ffr_ext reads {VERSION}"
+            )
         try:
             layers = {str(name): int(width) for name, width in data["layers"].items()}
             weights = torch.zeros(sum(layers.values()), len(data["classes"]), dtype=torch.float64)
@@ -285,16 +292,15 @@ def _dead_filters(model: nn.Module, layer: str, norm: str | None, threshold: flo
     from ffr_ext import filter_norms
 
     module = model.get_submodule(layer)
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if transposed and getattr(module, "groups", 1) > 1:
+        raise ValueError(f"survivors: {layer!r} is a grouped transposed convolution, which is not supported")
     with torch.no_grad():
-        transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        if transposed and module.groups > 1:
-            raise ValueError(f"survivors: {layer!r} is a grouped transposed convolution, which is not supported")
-        scale = filter_norms([module.weight], dim=int(transposed))[0]
+        scale = filter_norms([module.get_parameter("weight")], dim=int(transposed))[0]
         if norm is not None:
             behind = model.get_submodule(norm)
-            variance = behind.running_var
-            assert isinstance(variance, Tensor)
-            gamma = torch.ones_like(variance) if behind.weight is None else behind.weight.abs()  # type: ignore[operator, union-attr]
-            behind_norm = gamma * (variance / (variance + behind.eps)).sqrt()  # type: ignore[operator]
-            scale = torch.where(scale == 0, 0.0, behind_norm)
+            variance = behind.get_buffer("running_var")
+            gamma = behind.get_parameter("weight").abs() if getattr(behind, "affine", True) else 1.0
+            through = gamma * (variance / (variance + float(getattr(behind, "eps", 0.0)))).sqrt()
+            scale = torch.where(scale == 0, 0.0, through)
     return set((scale <= threshold).nonzero().flatten().tolist())

@@ -77,7 +77,9 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def loader(images: int = 60, classes: int = 3, size: int = 12, batch: int = 20) -> list[tuple[Tensor, Tensor]]:
+def loader(
+    images: int = 60, classes: int = 3, size: int = 12, batch: int = 20
+) -> list[tuple[Tensor, Tensor]]:
     """Images of which class j is bright in colour j; the same ones at every call."""
     labels = torch.arange(images) % classes
     x = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0)) * 0.4

@@ -90,7 +90,9 @@ def test_ranks_fall_heat_is_their_maximum_and_lies_between_zero_and_one(
     assert torch.equal(fewer.parts, result.parts[:, :2])
 
 
-def test_parts_without_a_feature_are_zeros_and_named_none(net: nn.Sequential, selection: Selection, x: Tensor) -> None:
+def test_parts_without_a_feature_are_zeros_and_named_none(
+    net: nn.Sequential, selection: Selection, x: Tensor
+) -> None:
     result = explain(net, x, selection, top=30, target=2)
     assert result.features[0][-1] is None
     assert float(result.parts[:, -1].abs().max()) == 0
@@ -100,7 +102,9 @@ def test_parts_without_a_feature_are_zeros_and_named_none(net: nn.Sequential, se
         assert float(explain(net, x, nobody, target=0).heat.max()) == 0
 
 
-def test_the_class_is_what_the_model_says_unless_it_is_told(net: nn.Sequential, selection: Selection, x: Tensor) -> None:
+def test_the_class_is_what_the_model_says_unless_it_is_told(
+    net: nn.Sequential, selection: Selection, x: Tensor
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(explain(net, x, selection).target, net(x).argmax(1))
@@ -151,7 +155,9 @@ def test_the_model_is_as_it_was_whatever_happens(net: nn.Sequential, selection: 
     assert state(net) == before
 
 
-def test_what_cannot_be_explained_is_refused_by_name(net: nn.Sequential, selection: Selection, x: Tensor) -> None:
+def test_what_cannot_be_explained_is_refused_by_name(
+    net: nn.Sequential, selection: Selection, x: Tensor
+) -> None:
     with pytest.raises(ValueError, match=r"BatchNorm2d at '1'.*eval"):
         explain(copy.deepcopy(net).train(), x, selection)
     with pytest.raises(ValueError, match="OptimizedModule"):
@@ -164,7 +170,7 @@ def test_what_cannot_be_explained_is_refused_by_name(net: nn.Sequential, selecti
         explain(net, x, selection, target=torch.zeros(5).long())
     with pytest.raises(ValueError, match="top"):
         explain(net, x, selection, top=0)
-    with pytest.raises(ValueError, match="rule|relu"):
+    with pytest.raises(ValueError, match="rule: expected one of"):
         explain(net, x, selection, rule="lrp")
     with pytest.raises(TypeError, match="floating-point"):
         explain(net, (x * 255).to(torch.uint8), selection)
@@ -192,7 +198,9 @@ def test_what_cannot_be_explained_is_refused_by_name(net: nn.Sequential, selecti
         explain(frozen, x, chosen)
 
 
-def test_arrays_for_quantus_have_the_shapes_it_expects(net: nn.Sequential, selection: Selection, x: Tensor) -> None:
+def test_arrays_for_quantus_have_the_shapes_it_expects(
+    net: nn.Sequential, selection: Selection, x: Tensor
+) -> None:
     masks = torch.zeros(6, 12, 12, dtype=torch.bool)
     masks[:, 3:6, 3:6] = True
     arrays = explain(net, x, selection, target=1).for_quantus(masks)
@@ -272,11 +280,22 @@ def test_fields_of_strided_convolutions_are_those_worked_out_by_hand() -> None:
 
 def test_fields_of_vgg_like_stacks() -> None:
     def block() -> list[nn.Module]:
-        return [nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        return [
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(3, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
 
     net = nn.Sequential(*block(), *block())
     found = field(net, layers=["3", "4", "8", "9"])
-    assert found == {"3": (5, 1, -2, False), "4": (6, 2, -2, False), "8": (14, 2, -6, False), "9": (16, 4, -6, False)}
+    assert found == {
+        "3": (5, 1, -2, False),
+        "4": (6, 2, -2, False),
+        "8": (14, 2, -6, False),
+        "9": (16, 4, -6, False),
+    }
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
@@ -331,7 +350,10 @@ def test_an_average_is_the_mean_of_the_patches_around_the_strongest_responses() 
     data = [(x[i : i + 8], labels[i : i + 8]) for i in range(0, images, 8)]
     selection = select_features(net, data, layers=["1"], classes=["red", "green"])
     averages = average_visualizations(net, data, selection, images=15)
-    assert [(a.class_name, a.channel, a.images, a.share) for a in averages] == [("red", 0, 15, 1.0), ("green", 1, 15, 1.0)]
+    assert [(a.class_name, a.channel, a.images, a.share) for a in averages] == [
+        ("red", 0, 15, 1.0),
+        ("green", 1, 15, 1.0),
+    ]
     for colour, average in enumerate(averages):
         inside = torch.zeros(3, 3, 3, dtype=torch.float64)
         inside[colour] = blob.double()
@@ -347,11 +369,15 @@ def test_an_average_is_the_mean_of_the_patches_around_the_strongest_responses() 
 def test_averages_do_not_depend_on_how_images_are_batched(net: nn.Sequential, selection: Selection) -> None:
     data = loader()
     other = [(x, y) for images, labels in data for x, y in zip(images.split(7), labels.split(7), strict=True)]
-    for a, b in zip(*(average_visualizations(net, d, selection, images=9) for d in (data, other)), strict=True):
+    for a, b in zip(
+        *(average_visualizations(net, d, selection, images=9) for d in (data, other)), strict=True
+    ):
         torch.testing.assert_close(a.picture, b.picture)
 
 
-def test_a_loader_that_changes_between_the_passes_is_refused(net: nn.Sequential, selection: Selection) -> None:
+def test_a_loader_that_changes_between_the_passes_is_refused(
+    net: nn.Sequential, selection: Selection
+) -> None:
     data = torch.utils.data.TensorDataset(*(torch.cat(part) for part in zip(*loader(), strict=True)))
     shuffled = torch.utils.data.DataLoader(data, 20, shuffle=True)
     with pytest.raises(ValueError, match="another one in the second pass"):

@@ -39,7 +39,9 @@ def test_an_orthonormal_design_gives_the_projection_of_the_correlations(positive
     target = torch.randn(30, 2, dtype=torch.float64) * 3
     w = mu_lasso(q.T @ q, q.T @ target, 1.5, positive=positive).weights
     for j in range(2):
-        torch.testing.assert_close(w[:, j], simplex_projection(q.T @ target[:, j], 1.5, positive), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            w[:, j], simplex_projection(q.T @ target[:, j], 1.5, positive), atol=1e-12, rtol=0
+        )
 
 
 @settings(max_examples=30, deadline=None)
@@ -53,7 +55,9 @@ def test_the_solution_is_feasible_and_meets_the_conditions_of_optimality(
     seed: int, mu: float, positive: bool, columns: int
 ) -> None:
     x, targets = problem(columns=columns, seed=seed)
-    solution = mu_lasso(x.T @ x, x.T @ targets, mu, positive=positive, tolerance=1e-12, max_iterations=200_000)
+    solution = mu_lasso(
+        x.T @ x, x.T @ targets, mu, positive=positive, tolerance=1e-12, max_iterations=200_000
+    )
     w = solution.weights
     assert float(w.abs().sum(0).max()) <= mu * (1 + 1e-12)
     assert not positive or float(w.min()) >= 0
@@ -64,7 +68,9 @@ def test_the_solution_is_feasible_and_meets_the_conditions_of_optimality(
         if float(w[:, j].abs().sum()) < mu * (1 - 1e-6):
             level = torch.zeros(())
         # Every chosen feature pulls with the multiplier, in the direction of its weight; none pulls harder.
-        torch.testing.assert_close(pull[chosen] * w[chosen, j].sign(), level.expand(int(chosen.sum())).double(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            pull[chosen] * w[chosen, j].sign(), level.expand(int(chosen.sum())).double(), atol=1e-4, rtol=1e-4
+        )
         assert float(pull.max() if positive else pull.abs().max()) <= float(level) + 1e-4
 
 
@@ -105,7 +111,9 @@ def test_a_feature_of_zeros_is_never_selected() -> None:
 
 def test_too_few_iterations_warn_with_the_gap_that_is_left() -> None:
     x, targets = problem()
-    with pytest.warns(RuntimeWarning, match=r"stopped after 3 iterations at a duality gap of [\d.e-]+") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"stopped after 3 iterations at a duality gap of [\d.e-]+"
+    ) as caught:
         solution = mu_lasso(x.T @ x, x.T @ targets, 5.0, max_iterations=3)
     best = mu_lasso(x.T @ x, x.T @ targets, 5.0, tolerance=1e-14, max_iterations=200_000).weights
 

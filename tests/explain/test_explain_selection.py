@@ -29,7 +29,9 @@ class Planted(nn.Module):
         label = x.flatten(1)[:, 0].long()
         self.one(torch.ones(len(x), 2, 4, 4))
         told = F.one_hot(label, self.classes).to(x)
-        return self.two(torch.cat([torch.ones(len(x), 1), told], 1)[:, :, None, None].expand(-1, -1, 4, 4))[:, 1:, 0, 0]
+        return self.two(torch.cat([torch.ones(len(x), 1), told], 1)[:, :, None, None].expand(-1, -1, 4, 4))[
+            :, 1:, 0, 0
+        ]
 
 
 def planted_loader(classes: int = 3) -> list[tuple[Tensor, Tensor]]:
@@ -100,7 +102,12 @@ def test_a_module_that_is_called_twice_is_two_layers() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Linear(5, 3)
+            self.a, self.b, self.relu, self.head = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 5, 3),
+                nn.ReLU(),
+                nn.Linear(5, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
@@ -141,7 +148,11 @@ def test_it_is_written_as_json_and_read_back_to_the_bit(tmp_path: Path) -> None:
     assert again.entries == selection.entries
     assert "green" in again.table()
     assert "accuracy" in repr(again)
-    for text, reason in (("{}", "format"), ("[", "not JSON"), (selection.to_json().replace('"layers"', '"x"'), "damaged")):
+    for text, reason in (
+        ("{}", "format"),
+        ("[", "not JSON"),
+        (selection.to_json().replace('"layers"', '"x"'), "damaged"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=reason):
             Selection.load(tmp_path / "bad.json")
@@ -198,7 +209,10 @@ def test_constant_channels_change_the_shares_unless_they_are_skipped() -> None:
     torch.testing.assert_close(carried.weights, skipping[0].weights, atol=1e-6, rtol=0)
     assert float((plain[1].in_source(result.plan).weights - plain[0].weights).abs().max()) > 1e-3
     x = data[0][0]
-    a, b = (explain(model, x, s).heat for model, s in zip((net, result.model), (carried, skipping[1]), strict=True))
+    a, b = (
+        explain(model, x, s).heat
+        for model, s in zip((net, result.model), (carried, skipping[1]), strict=True)
+    )
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
@@ -217,7 +231,10 @@ def test_survivors_count_dead_and_selected_filters() -> None:
     assert [(row.dead, row.alive_selected) for row in every] == [(6, 0), (8, 0)]
     small = compact(net, data[0][0][:2]).model
     after = select_features(small, data, mu=3.0).survivors(sparsity(small))
-    assert [(row.filters, row.dead, row.alive_selected) for row in after] == [(4, 0, rows[0].selected), (5, 0, rows[1].selected)]
+    assert [(row.filters, row.dead, row.alive_selected) for row in after] == [
+        (4, 0, rows[0].selected),
+        (5, 0, rows[1].selected),
+    ]
 
 
 def test_survivors_mark_the_filters_that_zero_small_filters_would_zero() -> None:
@@ -236,14 +253,16 @@ def test_survivors_mark_the_filters_that_zero_small_filters_would_zero() -> None
 def test_a_layer_whose_weight_is_not_known_is_named() -> None:
     net = with_statistics(conv_net(stride=1))
     result = compact(net, loader()[0][0][:2])
-    selection = select_features(result.model, loader(), layers=["6"])  # the pooling: made by norm 4, which has 8
+    selection = select_features(
+        result.model, loader(), layers=["6"]
+    )  # the pooling: made by norm 4, which has 8
     assert selection.in_source(result.plan).layers == {"6": 8}
     odd = select_features(result.model, loader(), layers=["8"])
     odd.producers.clear()
     with pytest.raises(ValueError, match=r"layer '8': which weight makes it is not known.*weights="):
         odd.in_source(result.plan)
     assert odd.in_source(result.plan, weights={"8": "8.weight"}).layers == {"8": 3}
-    with pytest.raises(ValueError, match="has 3 channels, '3.weight' keeps 8"):
+    with pytest.raises(ValueError, match=r"has 3 channels, '3\.weight' keeps 8"):
         odd.in_source(result.plan, weights={"8": "3.weight"})
 
 
@@ -285,7 +304,9 @@ def test_models_that_cannot_be_explained_are_refused_and_stay_as_they_were() -> 
         (dict(channel_dim=7), ValueError, "channel_dim: 7"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, object], error: type[Exception] | None, message: str) -> None:
+def test_wrong_arguments_are_named(
+    change: dict[str, object], error: type[Exception] | None, message: str
+) -> None:
     if error is None:
         select_features(conv_net(), loader(), **change)
         return
