@@ -206,9 +206,7 @@ def read_an8flower(folder: str | Path, size: int = 128) -> Flowers:
 
     def read(path: Path) -> Tensor:
         with Image.open(path) as image:
-            return (
-                torch.from_numpy(np.array(image.convert("RGB").resize((size, size)))).movedim(-1, 0) / 255
-            )
+            return torch.from_numpy(np.array(image.convert("RGB").resize((size, size)))).movedim(-1, 0) / 255
 
     images, labels, masks = [], [], []
     for label, name in enumerate(classes):

@@ -129,7 +129,7 @@ def _find(model: nn.Module, loader: Any, selection: Selection, images: int) -> _
             output = run(x)
         selection.check_fits(widths, "average_visualizations")
         if not found.strongest:
-            fields = fields_of(model, x, layers)
+            fields = fields_of(model, x, layers, selection.channel_dim)
             found.strongest = {name: _Strongest(wanted[name], fields[name], images) for name in wanted}
         classes = _classes(output, labels)
         for name, top in found.strongest.items():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import Layers, check_model, chosen_layers
+from .capture import Layers, channel_dim_of, check_model, chosen_layers
 
 # A field of more than four times the image is the whole image to any reader, and large probes cost time.
 _DOUBLINGS, _LARGEST_PROBE = 2, 1024
@@ -36,27 +36,31 @@ class ReceptiveField:
         return tuple(a + s * j for a, s, j in zip(self.start, self.stride, unit, strict=True))
 
 
-def receptive_fields(model: nn.Module, x: Tensor, layers: Any = "auto") -> dict[str, ReceptiveField]:
+def receptive_fields(
+    model: nn.Module, x: Tensor, layers: Any = "auto", channel_dim: int | None = None
+) -> dict[str, ReceptiveField]:
     """The receptive field of each layer's units, for images like ``x`` (B, C, ...).
 
     The model runs once more with all weights of convolutions and linear layers positive, norms and activations left
     out, and averages for maxima; the gradient of two neighbouring units then is nonzero exactly where they look.
-    Larger images than ``x`` are tried for fields that reach its border. For layers whose channels are dimension 1.
+    Larger images than ``x`` are tried for fields that reach its border. ``channel_dim`` as for `select_features`.
     """
     check_model(model, "receptive_fields")
-    return fields_of(model, x, chosen_layers(model, layers))
+    return fields_of(model, x, chosen_layers(model, layers), channel_dim)
 
 
-def fields_of(model: nn.Module, x: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, ReceptiveField]:
+def fields_of(
+    model: nn.Module, x: Tensor, layers: Mapping[str, nn.Module], channel_dim: int | None
+) -> dict[str, ReceptiveField]:
     """As `receptive_fields`, of modules by name."""
     own = size = tuple(int(s) for s in x.shape[2:])
     rank = len(own)
-    fields = _probe(model, x, own, layers)
+    fields = _probe(model, x, own, layers, channel_dim)
     for _ in range(_DOUBLINGS):
         size = tuple(2 * s for s in size)
         if not rank or None not in fields.values() or max(size) > _LARGEST_PROBE:
             break
-        for name, field in _probe(model, x, size, layers).items():
+        for name, field in _probe(model, x, size, layers, channel_dim).items():
             fields[name] = fields.get(name) or field
     whole = ReceptiveField(own, (0,) * rank, (0,) * rank, whole=True)
     return {name: field or whole for name, field in fields.items()}
@@ -67,7 +71,11 @@ class _Done(Exception):
 
 
 def _probe(
-    model: nn.Module, x: Tensor, size: tuple[int, ...], layers: Mapping[str, nn.Module]
+    model: nn.Module,
+    x: Tensor,
+    size: tuple[int, ...],
+    layers: Mapping[str, nn.Module],
+    channel_dim: int | None,
 ) -> dict[str, ReceptiveField | None]:
     """Fields on one image of ``size``; None where a field touches the border, so that it may be cut."""
     leaf = torch.ones(1, x.shape[1], *size, dtype=torch.float64, device=x.device, requires_grad=True)
@@ -75,7 +83,7 @@ def _probe(
     waiting = set(layers)
 
     def take(name: str, module: nn.Module, feature: Tensor) -> Tensor | None:
-        maps[name] = feature
+        maps[name] = feature.movedim(channel_dim_of(model, feature, channel_dim), 1)
         waiting.discard(name)
         if not waiting:
             raise _Done

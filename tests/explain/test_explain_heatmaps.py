@@ -332,6 +332,22 @@ def test_layers_without_places_see_the_whole_image_and_flat_heads_do_not_disturb
     assert field(net, 16) == {"1": (3, 1, 0, False), "4": (16, 0, 0, True)}
 
 
+def test_maps_with_their_channels_last_have_the_fields_of_their_places() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(x).permute(0, 2, 3, 1)).mean((1, 2))
+
+    assert field(Last(), layers=["act"], channel_dim=-1) == {"act": (3, 2, -1, False)}
+    selection = select_features(Last().eval(), loader(), classes=5, channel_dim=-1)
+    assert selection.layers == {"act": 5}
+    averages = average_visualizations(Last().eval(), loader(), selection, images=3)
+    assert all(average.picture.shape == (3, 3, 3) for average in averages)
+
+
 def test_an_average_is_the_mean_of_the_patches_around_the_strongest_responses() -> None:
     """A blob at a random place of each image of its class: the average of its channel is the blob."""
     images, size = 30, 20

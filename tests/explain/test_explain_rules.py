@@ -143,7 +143,7 @@ def test_the_grid_is_the_closed_form_and_the_fix_removes_it(k: int, s: int) -> N
     assert grid(phases) == pytest.approx(expected, abs=1e-12)
     for align in ("exact", "floor"):
         fixed = signal_through(conv, x, "resize", align)[0, 0, inside, inside]
-        assert float(fixed.max() - fixed.min()) < 1e-15
+        assert float(fixed.max()) == float(fixed.min())
         assert float(fixed[0, 0]) == pytest.approx(1 / s**2, rel=1e-12)
 
 
@@ -329,7 +329,7 @@ def test_nothing_is_left_behind_after_the_context_or_an_exception() -> None:
     broken = nn.Sequential(net, nn.Linear(7, 7))
     with pytest.raises(RuntimeError, match="shapes"), backward_rule():
         broken(x)
-    assert not torch.nn.modules.module._global_forward_pre_hooks
+    conv_net().train()(x)  # no longer refused
     assert torch.equal(torch.autograd.grad(net(x).sum(), x)[0], plain)
 
 
