@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from ffr_ext.checks import check_choice
 from .capture import (
     Layers,
     Producers,
+    Take,
     batches,
     channel_dim_of,
     check_can_repeat,
@@ -64,7 +66,7 @@ def feature_vectors(model: nn.Module, x: Tensor, selection: Selection) -> Tensor
 
 
 class _Pass:
-    """What one pass over the loader leaves: X^T X, X^T L, counts, and a bounded sample of (vector, class)."""
+    """Runs the model over a loader and checks that every batch gives the same layers and channels."""
 
     def __init__(
         self, model: nn.Module, layers: dict[str, nn.Module], targets: str, channel_dim: int | None
@@ -73,30 +75,36 @@ class _Pass:
         self.found: dict[str, Tensor] = {}
         self.widths: dict[str, int] = {}
         self.producers: dict[str, tuple[str, int]] = {}
-        self.constants: dict[str, tuple[Tensor, Tensor]] = {}  # smallest and largest value of each channel
+        self.extremes: dict[str, tuple[Tensor, Tensor]] = {}  # smallest and largest value of each channel
         self.watch: Producers | None = None
-        self.kept: dict[str, Tensor] = {}
         self.classes = 0
-        self.images = 0
 
-    def energies(self, loader: Any, constants: bool = False) -> Any:
-        """Batches of ({layer: energies}, class of each image)."""
+    def varying(self, loader: Any) -> dict[str, Tensor]:
+        """A pass of its own: which channels of each layer are not one constant on all images."""
+        check_can_repeat(loader, "select_features(skip_constant=True)")
+        with closing(self._run(loader, self._extremes)) as runs:
+            for _ in runs:
+                pass
+        return {name: low < high for name, (low, high) in self.extremes.items()}
+
+    def energies(self, loader: Any) -> Generator[tuple[dict[str, Tensor], Tensor], None, None]:
+        """For each batch the energies of each layer's channels, and the class of each image."""
         self.watch = Producers(self.model)
         try:
-            with (
-                torch.no_grad(),
-                Layers(self.model, self.layers, self._extremes if constants else self._take) as run,
-            ):
-                for number, (images, labels) in enumerate(batches(loader, self.model, "select_features")):
-                    self.found = {}
-                    output = run(images)
-                    self._check(number)
-                    yield (
-                        self.found,
-                        None if constants else self._classes(number, output, labels, len(images)),
-                    )
+            with closing(self._run(loader, self._take)) as runs:
+                for number, (output, labels, count) in enumerate(runs):
+                    yield self.found, self._classes(number, output, labels, count)
         finally:
             self.watch.remove()
+
+    def _run(self, loader: Any, take: Take) -> Generator[tuple[Any, Tensor | None, int], None, None]:
+        # Closed by those who use it: an exception keeps a generator alive, and with it the hooks on the model.
+        with torch.no_grad(), Layers(self.model, self.layers, take) as run:
+            for number, (images, labels) in enumerate(batches(loader, self.model, "select_features")):
+                self.found = {}
+                output = run(images)
+                self._check(number)
+                yield output, labels, len(images)
 
     def _take(self, name: str, module: nn.Module, feature: Tensor) -> None:
         dim = channel_dim_of(self.model, feature, self.channel_dim)
@@ -109,10 +117,10 @@ class _Pass:
         dim = channel_dim_of(self.model, feature, self.channel_dim)
         others = [d for d in range(feature.dim()) if d != dim]
         low, high = feature.amin(others), feature.amax(others)
-        if name in self.constants and self.constants[name][0].shape == low.shape:
-            low = torch.minimum(low, self.constants[name][0])
-            high = torch.maximum(high, self.constants[name][1])
-        self.constants[name] = (low, high)
+        if name in self.extremes and self.extremes[name][0].shape == low.shape:
+            low = torch.minimum(low, self.extremes[name][0])
+            high = torch.maximum(high, self.extremes[name][1])
+        self.extremes[name] = (low, high)
         self.found[name] = low[None].double()
 
     def _check(self, number: int) -> None:
@@ -174,6 +182,8 @@ class _Sample:
 
 
 class _Sums:
+    """What one pass leaves: X^T X, X^T L, counts, and a bounded sample of vectors with their classes."""
+
     def __init__(self, columns: int, classes: int, device: torch.device) -> None:
         self.gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
         self.cross = torch.zeros(columns, classes, dtype=torch.float64, device=device)
@@ -276,30 +286,9 @@ def select_features(
     check_model(model, "select_features")
     check_choice("targets", targets, TARGETS)
     mus = _check_mu(mu)
-    chosen = chosen_layers(model, layers)
-    work = _Pass(model, chosen, targets, channel_dim)
-    kept: dict[str, Tensor] = {}
-    if skip_constant:
-        check_can_repeat(loader, "select_features(skip_constant=True)")
-        for _ in work.energies(loader, constants=True):
-            pass
-        kept = {name: low < high for name, (low, high) in work.constants.items()}
-    sums: _Sums | None = None
-    names: tuple[str, ...] = ()
-    for number, (found, labels) in enumerate(work.energies(loader)):
-        vectors = torch.cat([shares(energies, kept.get(name)) for name, energies in found.items()], 1)
-        vectors = vectors.double() if vectors.device.type != "mps" else vectors.cpu().double()
-        if sums is None:
-            names = _class_names(classes, work.classes)
-            sums = _Sums(vectors.shape[1], len(names), vectors.device)
-        labels = labels.to(vectors.device).long()
-        if bool(((labels < 0) | (labels >= len(names))).any()):
-            raise ValueError(
-                f"loader: batch {number} has labels from {int(labels.min())} to {int(labels.max())}, expected 0 to "
-                f"{len(names) - 1}"
-            )
-        sums.add(vectors, labels)
-    assert sums is not None
+    work = _Pass(model, chosen_layers(model, layers), targets, channel_dim)
+    kept = work.varying(loader) if skip_constant else {}
+    names, sums = _summed(work, loader, kept, classes)
     skipped = {n: (~k).nonzero().flatten().tolist() for n, k in kept.items() if not bool(k.all())}
     selections = []
     for bound in mus:
@@ -309,6 +298,30 @@ def select_features(
             fit=sums.fit(solution), producers=dict(work.producers), skipped=skipped, channel_dim=channel_dim,
         ))  # fmt: skip
     return selections if isinstance(mu, Sequence) else selections[0]
+
+
+def _summed(
+    work: _Pass, loader: Any, kept: dict[str, Tensor], classes: int | Sequence[str] | None
+) -> tuple[tuple[str, ...], _Sums]:
+    """The names of the classes, and the sums over the loader."""
+    names: tuple[str, ...] = ()
+    sums: _Sums | None = None
+    with closing(work.energies(loader)) as found:
+        for number, (energies, labels) in enumerate(found):
+            vectors = torch.cat([shares(energy, kept.get(name)) for name, energy in energies.items()], 1)
+            vectors = vectors.double() if vectors.device.type != "mps" else vectors.cpu().double()
+            if sums is None:
+                names = _class_names(classes, work.classes)
+                sums = _Sums(vectors.shape[1], len(names), vectors.device)
+            labels = labels.to(vectors.device).long()
+            if bool(((labels < 0) | (labels >= len(names))).any()):
+                raise ValueError(
+                    f"loader: batch {number} has labels from {int(labels.min())} to {int(labels.max())}, expected "
+                    f"0 to {len(names) - 1}"
+                )
+            sums.add(vectors, labels)
+    assert sums is not None  # `batches` refuses an empty loader
+    return names, sums
 
 
 def _check_mu(mu: Any) -> list[float]:

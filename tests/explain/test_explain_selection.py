@@ -314,6 +314,15 @@ def test_wrong_arguments_are_named(
         select_features(conv_net(), loader(), **change)
 
 
+def test_no_hook_stays_on_the_model_while_an_error_is_handled() -> None:
+    net, data = conv_net(), loader()
+    for wrong in (dict(classes=2), dict(classes="abc")):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            select_features(net, data, **wrong)
+        assert caught.tb is not None  # it keeps what ran alive
+        assert not any(module._forward_hooks for module in net.modules())
+
+
 def test_wrong_loaders_are_named() -> None:
     net, data = conv_net(), loader()
     x, y = data[0]
