@@ -389,3 +389,15 @@ def test_captums_saliency_is_guided_under_the_rule_for_functional_relus() -> Non
     with backward_rule():
         saliency = attr.Saliency(net).attribute(x.clone().requires_grad_(), target=1, abs=False)
     torch.testing.assert_close(saliency, heat(net, x)[1])
+
+
+def test_captum_does_not_see_functional_relus_which_is_why_this_exists() -> None:
+    attr = pytest.importorskip("captum.attr")
+    net = with_statistics(Residual(F.relu))
+    x = torch.randn(2, 3, 7, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captum = attr.GuidedBackprop(net).attribute(x.clone().requires_grad_(), target=1).detach()
+        plain = heat(net, x, "gradient")[1]
+    torch.testing.assert_close(captum, plain)
+    assert float((captum - heat(net, x)[1]).abs().max()) > 1e-3
