@@ -84,19 +84,10 @@ def explain(
         ValueError: a model that cannot be explained, another model's selection, NaN, a class out of range.
         RuntimeError: a layer that ran without autograd. In each case the model is as it was.
     """
-    check_model(model, "explain")
-    check_choice("rule", rule, RELU_RULES)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-        raise TypeError("x: expected a floating-point tensor of images (B, C, ...)")
-    if not bool(x.isfinite().all()):
-        raise ValueError("x: expected finite pixels, got NaN or infinity")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise ValueError(f"top: expected a whole number of at least 1, got {top!r}")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("explain: it needs gradients; leave torch.inference_mode()")
-    needed = {name for name in selection.layers if selection.channels(name)}
+    _check_arguments(model, x, top, rule)
     energies: dict[str, Tensor] = {}
     maps: dict[str, tuple[Tensor, int]] = {}
+    needed = {name for name in selection.layers if selection.channels(name)}
 
     def take(name: str, module: nn.Module, feature: Tensor) -> Tensor | None:
         dim = channel_dim_of(model, feature, selection.channel_dim)
@@ -127,14 +118,31 @@ def explain(
         ]
         for pair in zip(rows.tolist(), responses.tolist(), strict=True)
     ]
+    _warn_of_silence(features)
+    return Explanation(parts.amax(1), parts, features, classes.cpu())
+
+
+def _check_arguments(model: Any, x: Any, top: Any, rule: str) -> None:
+    check_model(model, "explain")
+    check_choice("rule", rule, RELU_RULES)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        raise TypeError("x: expected a floating-point tensor of images (B, C, ...)")
+    if not bool(x.isfinite().all()):
+        raise ValueError("x: expected finite pixels, got NaN or infinity")
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise ValueError(f"top: expected a whole number of at least 1, got {top!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("explain: it needs gradients; leave torch.inference_mode()")
+
+
+def _warn_of_silence(features: list[list[Feature | None]]) -> None:
     silent = [index for index, ranks in enumerate(features) if ranks[0] is None]
     if silent:
         warnings.warn(
             f"explain: no relevant feature responds to images {silent[:8]}: their heat is zero",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Explanation(parts.amax(1), parts, features, classes.cpu())
 
 
 def _classes(target: Tensor | int | None, output: Any, count: int, classes: int) -> Tensor:

@@ -157,7 +157,11 @@ class Selection:
 
     def feature(self, row: int) -> tuple[str, int]:
         """Layer and channel of a row of ``weights``."""
-        return self._rows()[row]
+        for name, width in self.layers.items():
+            if row < width:
+                return name, row
+            row -= width
+        raise IndexError(f"the selection has {len(self.weights)} rows")
 
     def _rows(self) -> list[tuple[str, int]]:
         return [(name, channel) for name, width in self.layers.items() for channel in range(width)]
