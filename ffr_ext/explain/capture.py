@@ -28,7 +28,7 @@ _TIME_SERIES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)
 
 def chosen_layers(model: nn.Module, layers: Any) -> dict[str, nn.Module]:
     """Names and modules; the one place that knows where layers are chosen."""
-    from ffr_ext.layers import select_layers
+    from ffr_ext.flow.layers import select_layers
 
     return select_layers(model, layers)
 

@@ -102,7 +102,9 @@ def _reason(error: Exception) -> str:
     first = re.split(r"(?<=[.!])\s|\s+\(Size-like", first)[0]
     at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', text)
     place = f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})" if at else ""
-    hint = next((h for pattern, h in _REMEDIES.items() if re.search(pattern, f"{type(error).__name__} {text}")), "")
+    hint = next(
+        (h for pattern, h in _REMEDIES.items() if re.search(pattern, f"{type(error).__name__} {text}")), ""
+    )
     return f"{type(error).__name__}: {first}{place}" + (f"; {hint}" if hint else "")
 
 

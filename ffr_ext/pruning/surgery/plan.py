@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models import all_tensors, canonical_names, check_dense_weights, check_no_fake_quantisation, find_wrapper
+from ...models import (
+    all_tensors,
+    canonical_names,
+    check_dense_weights,
+    check_no_fake_quantisation,
+    find_wrapper,
+)
 from ..graph.branches import IDENTITY, ZEROS
 from .apply import apply_cuts
 from .cuts import Cut, CutError

@@ -25,7 +25,9 @@ class StoredSplit(nn.Module):
         super().__init__()
         self.sizes = [c // 2, c // 2]
         self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
-        self.parts = nn.ModuleList(nn.Conv2d(c // 2, c // 2, k, padding=k // 2, groups=c // 2) for k in (3, 5))
+        self.parts = nn.ModuleList(
+            nn.Conv2d(c // 2, c // 2, k, padding=k // 2, groups=c // 2) for k in (3, 5)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.norm(self.expand(x)).relu().split(self.sizes, 1)
