@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffr_ext.explain import backward_rule
+
 # Every way to write a ReLU. The in-place ones return their input.
 SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "nn.ReLU": nn.ReLU(),
@@ -85,3 +87,11 @@ def loader(
     x = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0)) * 0.4
     x[torch.arange(images), labels % 3] += 0.6
     return [(x[i : i + batch], labels[i : i + batch]) for i in range(0, images, batch)]
+
+
+def heat(model: nn.Module, x: Tensor, *rule: str, **options: str) -> tuple[Tensor, Tensor]:
+    """The outputs under a rule, and what the signal of output 1 becomes at the input."""
+    x = x.clone().requires_grad_()
+    with backward_rule(*rule, **options):
+        y = model(x)
+    return y.detach(), torch.autograd.grad(y[:, 1].sum(), x)[0]
