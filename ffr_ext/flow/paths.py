@@ -34,6 +34,7 @@ class Path:
         points: the nodes of autograd's graph that made the features, once they have been let go.
         penalty: what was built of it and others for a backward pass.
         passed: tells whether a backward pass went through it.
+        mask: which positions count, where padding does not.
     """
 
     def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
@@ -54,6 +55,7 @@ class Path:
         self.points: set[Any] = set()
         self.penalty: Tensor | None = None
         self.passed = Passed()
+        self.mask: Tensor | None = None
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -168,7 +170,8 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
         return paths
     results: list[Path] = []
     for path in paths:
-        if results and path.stream not in results[-1].streams and not apart(results[-1], path):
+        same_mask = bool(results) and results[-1].mask is path.mask
+        if same_mask and path.stream not in results[-1].streams and not apart(results[-1], path):
             last = results[-1]
             last.streams.add(path.stream)
             last.names += path.names
@@ -181,6 +184,7 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
 
 def _part(path: Path, part: slice) -> Path:
     result = Path(path.stream, outside=path.outside)
+    result.mask = path.mask
     result.names, result.features, result.taps = path.names[part], path.features[part], path.taps[part]
     return result
 
