@@ -20,9 +20,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------------------------------
 
 
-def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    """All leaves of nested tuples, lists, dicts and registered classes, and what `is_leaf` says is one."""
-    return _pytree.tree_leaves(tree, is_leaf)
+def tree_leaves(tree: Any) -> list[Any]:
+    """All leaves of nested tuples, lists, dicts and registered classes."""
+    return _pytree.tree_leaves(tree)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -66,10 +66,15 @@ def constant_when_compiled(function: Function) -> Function:
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often the tensor was written in place; None where torch does not count (inference mode). Dynamo cannot trace
-    the question whether it does."""
-    uncounted = not torch.compiler.is_compiling() and tensor.is_inference()
-    return None if uncounted else getattr(tensor, "_version", None)
+    """How often the tensor was written in place; None where torch does not count (inference mode)."""
+    if not torch.compiler.is_compiling() and tensor.is_inference():  # which Dynamo cannot ask
+        return None
+    return getattr(tensor, "_version", None)
+
+
+def traced_version(tensor: Tensor) -> int | None:
+    """The same while torch.compile traces, which cannot trace the question whether torch counts."""
+    return getattr(tensor, "_version", None)
 
 
 def unscales_by_itself(optimizer: Any) -> bool:

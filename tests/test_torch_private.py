@@ -98,6 +98,12 @@ def test_version() -> None:
         assert _torch.version(torch.zeros(2)) is None
 
 
+def test_traced_version() -> None:
+    written = torch.compile(lambda x: x.add_(_torch.traced_version(x)), fullgraph=True, backend="eager")
+    assert written(torch.ones(())) == 1
+    assert _torch.traced_version(torch.zeros(2)) == 0
+
+
 def test_unscales_by_itself() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
     assert not _torch.unscales_by_itself(optimizer)

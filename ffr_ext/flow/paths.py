@@ -34,6 +34,7 @@ class Path:
         points: the nodes of autograd's graph that made the features, once they have been let go.
         penalty: what was built of it and others for a backward pass.
         passed: tells whether a backward pass went through it.
+        mask: which positions count, where padding does not.
     """
 
     def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
@@ -54,6 +55,7 @@ class Path:
         self.points: set[Any] = set()
         self.penalty: Tensor | None = None
         self.passed = Passed()
+        self.mask: Tensor | None = None
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -72,9 +74,10 @@ class Path:
         """
         for index, version in self.traced if last else self.traced[-1:]:
             if version is not None:
-                self.overwritten.append((self.names[index], _torch.version(self.features[index]) != version))
+                now = _torch.traced_version(self.features[index])
+                self.overwritten.append((self.names[index], now != version))
         feature = feature.clone() if last else feature
-        self.traced.append((len(self.names), _torch.version(feature)))
+        self.traced.append((len(self.names), _torch.traced_version(feature)))
         return feature
 
     def outputs(self) -> str:
@@ -92,9 +95,9 @@ class Path:
         for name, overwritten in self.overwritten:
             if overwritten:
                 raise _overwritten(name)
-        for index, version in enumerate(self.versions):
-            if version is not None and _torch.version(self.features[index]) != version:
-                raise _overwritten(self.names[index])
+        for name, feature, version in zip(self.names, self.features, self.versions, strict=False):
+            if version is not None and _torch.version(feature) != version:
+                raise _overwritten(name)
 
     def warn_if_several_calls(self, stacklevel: int) -> None:
         """Warn if every layer was called the same number of times, more than once, one round after another."""
@@ -139,6 +142,8 @@ def independent(path: Path) -> list[Path]:
     two inputs, in one call of the model. A recurrent module, whose second call reads what the first one made, is one
     path. Where autograd has no graph to tell (compiled, or without gradients) nothing is cut.
     """
+    if len(set(path.names)) == len(path.names):
+        return [path]
     cuts, seen = [0], set[str]()
     for index, name in enumerate(path.names):
         if name in seen:
@@ -160,9 +165,13 @@ def _follows(later: Tensor, earlier: Tensor) -> bool:
 def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[Path]:
     """One path for neighbours that are of different streams of one call and not to be kept `apart`: one pass over the
     features instead of many, with the same terms."""
+    paths = list(paths)
+    if len(paths) < 2:
+        return paths
     results: list[Path] = []
     for path in paths:
-        if results and path.stream not in results[-1].streams and not apart(results[-1], path):
+        same_mask = bool(results) and results[-1].mask is path.mask
+        if same_mask and path.stream not in results[-1].streams and not apart(results[-1], path):
             last = results[-1]
             last.streams.add(path.stream)
             last.names += path.names
@@ -175,6 +184,7 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
 
 def _part(path: Path, part: slice) -> Path:
     result = Path(path.stream, outside=path.outside)
+    result.mask = path.mask
     result.names, result.features, result.taps = path.names[part], path.features[part], path.taps[part]
     return result
 

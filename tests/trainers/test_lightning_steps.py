@@ -26,7 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 
 # --- a GAN ----------------------------------------------------------------------------------------
 
-ORDERS = ["discriminator first", "generator first", "one fake", "one fake, differentiated twice"]
+ORDERS = [
+    "discriminator first",
+    "generator first",
+    "one fake",
+    "one fake, differentiated twice",
+    "frozen in turn",
+]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -152,6 +158,16 @@ def two_forwards(batch: Any, index: int, optimizer: Any, backward: Any, call: An
     optimizer.step()
 
 
+def gradient_penalty(batch: Any, index: int, optimizer: Any, backward: Any, call: Any) -> None:
+    """Of the task, as in WGAN-GP and R1: the graph is differentiated twice, and the penalty once."""
+    optimizer.zero_grad()
+    x = batch[0].clone().requires_grad_()
+    answer, penalty = call(x)
+    (slope,) = torch.autograd.grad(answer.sum(), x, create_graph=True)
+    backward(slope.square().sum() + answer.mean() + penalty)
+    optimizer.step()
+
+
 def sam(batch: Any, index: int, optimizer: Any, backward: Any, call: Any) -> None:
     """Sharpness-aware minimisation: the gradient at a point uphill."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -183,6 +199,7 @@ STEPS: dict[str, Step] = {
     "two gradients of one graph": two_losses_with_two_steps_worth_of_gradients,
     "two forwards": two_forwards,
     "SAM": sam,
+    "gradient penalty": gradient_penalty,
 }
 
 
