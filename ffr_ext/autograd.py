@@ -9,17 +9,15 @@ themselves, which autograd keeps without a copy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import compiled, ops
 from ._torch import transforms_active
-from .stages import Layout, Sums, align, kernel_layouts, with_layout
+from .stages import Layout, Stage, Sums, align, kernel_layouts, with_layout
 
 DOUBLE_BACKWARD = (
     "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second "
@@ -34,13 +32,21 @@ VMAP = (
 Item = TypeVar("Item", Tensor, Layout)
 
 
-@dataclass(frozen=True)
-class FlowSpec:
-    """The settings of one node that are not tensors."""
+class FlowSpec(NamedTuple):
+    """The settings of one node that follow from the stages and are not tensors: for each stage how many features,
+    elements of a feature and groups of sums it has."""
 
     sums: Sums
-    lengths: tuple[int, ...]  # features per stage
-    save_signs: bool  # a gradient of the absolute values will be wanted
+    lengths: tuple[int, ...]
+    numels: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage], sums: Sums) -> FlowSpec:
+        lengths, numels, groups = zip(
+            *[(stage.length, stage.numel, stage.groups(sums.leading)) for stage in stages], strict=True
+        )
+        return cls(sums, lengths, numels, groups)
 
     def by_stage(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """Cut a flat sequence into one slice per stage."""
@@ -50,22 +56,21 @@ class FlowSpec:
             first += length
         return slices
 
-    def groups(self, stages: Sequence[Sequence[Item]]) -> list[int]:
-        """Groups of sums of each stage."""
-        leading = self.sums.leading
-        return [math.prod(stage[0].shape[:leading]) for stage in stages] if leading else [1] * len(stages)
+    def align(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as the kernels walk them."""
+        if all([f.is_contiguous() for f in features]):  # noqa: C419  as in `stages.align`
+            return list(features)
+        return [f for stage in self.by_stage(features) for f in align(stage, self.sums.leading)]
 
 
-def _forward(spec: FlowSpec, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    squared, leading, backend = spec.sums
-    stages = spec.by_stage(features)
-    groups = spec.groups(stages)
-    features = [f for stage in stages for f in align(stage, leading)]
+    (squared, _leading, backend), lengths, _numels, groups = spec
+    features = spec.align(features)
     if torch.compiler.is_compiling():
-        return compiled.flow_stats(features, spec.lengths, groups, squared, spec.save_signs, backend)
-    stats, signs = compiled.empty_stats(features, spec.lengths, groups, spec.save_signs)
-    ops.flow_kernels(backend).forward(features, spec.lengths, groups, squared, stats, signs)
+        return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
+    stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
+    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
@@ -91,15 +96,15 @@ def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list
 
 
 class FlowStats(torch.autograd.Function):
-    """`FlowStats.apply(spec, *features) -> (stats, signs)`; differentiable in the features, once."""
+    """`FlowStats.apply(spec, save_signs, *features) -> (stats, signs)`; differentiable in the features, once."""
 
     @staticmethod
-    def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(spec, features)
+    def forward(spec: FlowSpec, save_signs: bool, *features: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(spec, save_signs, features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        spec, *features = inputs
+        spec, _save_signs, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
         _save(ctx, spec, features, signs)
@@ -108,7 +113,7 @@ class FlowStats(torch.autograd.Function):
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, *_feature_gradients(ctx, ctx.needs_input_grad[1:], grad_stats))
+        return (None, None, *_feature_gradients(ctx, ctx.needs_input_grad[2:], grad_stats))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -116,15 +121,22 @@ class FlowStats(torch.autograd.Function):
 
 
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(spec, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in one node, with
-    stats put into the list `made`. Eager mode alone; without setup_context, which binds arguments by name at each call.
+    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in
+    one node, with stats put into the list `made`. Eager mode alone; without setup_context, for which the arguments are
+    bound by name at each call.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, spec: FlowSpec, weights: Tensor, dtype: torch.dtype, made: list[Tensor], *features: Tensor
+        ctx: Any,
+        spec: FlowSpec,
+        save_signs: bool,
+        weights: Tensor,
+        dtype: torch.dtype,
+        made: list[Tensor],
+        *features: Tensor,
     ) -> Tensor:
-        stats, signs = _forward(spec, features)
+        stats, signs = _forward(spec, save_signs, features)
         made.append(stats)
         ctx.weights = weights
         _save(ctx, spec, features, signs)
@@ -134,8 +146,8 @@ class FlowProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = _feature_gradients(ctx, ctx.needs_input_grad[4:], ctx.weights * grad_loss)
-        return (None, None, None, None, *grads)
+        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], ctx.weights * grad_loss)
+        return (None, None, None, None, None, *grads)
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -169,16 +181,15 @@ def _flow_gradients(
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
-    squared, leading, backend = spec.sums
-    stages = spec.by_stage(layouts)
-    made = [lay for stage in stages for lay in kernel_layouts(stage, leading)]
+    (squared, leading, backend), lengths, numels, groups = spec
+    made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
     arguments = (
-        [f for stage in spec.by_stage(saved) for f in align(stage, leading)] if squared else [],
+        spec.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
-        spec.lengths,
-        [stage[0].shape.numel() for stage in stages],
-        spec.groups(stages),
+        lengths,
+        numels,
+        groups,
         squared,
     )
     if torch.compiler.is_compiling():

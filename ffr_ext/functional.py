@@ -194,8 +194,12 @@ def _product(
     of what it gives, or of the roots of that, with a vector."""
     if make_stats is None and not sums.leading:
         made: list[Tensor] = []
-        spec, walked = _walk(features, plan.stages, sums)
-        return FlowProduct.apply(spec, weights, dtype, made, *walked), made[0]
+        spec = plan.kept.get(sums)
+        if spec is None:
+            spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
+        walked = _walked(features, plan.stages)
+        loss = FlowProduct.apply(spec, _saves_signs(sums, walked), weights, dtype, made, *walked)
+        return loss, made[0]
     stats = (make_stats or _stats)(features, plan.stages, sums)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
     return (entries * weights).sum().to(dtype), stats.detach()
@@ -236,24 +240,26 @@ def _warn_if_without_effect(
         )
 
 
-def _walk(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> tuple[FlowSpec, list[Tensor]]:
-    """The settings of an autograd node over `stages`, which must share a device, and the features it walks."""
-    walked = [f for stage in stages for f in stage_features(features, stage)]
-    save_signs = not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    return FlowSpec(sums, tuple([stage.length for stage in stages]), save_signs), walked
+def _walked(features: list[Tensor], stages: Sequence[Stage]) -> list[Tensor]:
+    return [f for stage in stages for f in stage_features(features, stage)]
+
+
+def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
+    """Whether a gradient of absolute values will be wanted."""
+    return not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
 
 
 def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> Tensor:
-    """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
-    if not torch.compiler.is_compiling():
-        spec, walked = _walk(features, stages, sums)
-        stats, _signs = FlowStats.apply(spec, *walked)
-        return stats
-    # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none. And it cannot
-    # trace a node that nobody differentiates.
-    spec, walked = _walk([f.view_as(f) for f in features], stages, sums)
+    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+    tracing = torch.compiler.is_compiling()
+    if tracing:
+        # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
+        features = [f.view_as(f) for f in features]
+    walked = _walked(features, stages)
+    # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    stats, _signs = FlowStats.apply(spec, *walked) if wanted else FlowStats.forward(spec, *walked)
+    run = FlowStats.forward if tracing and not wanted else FlowStats.apply
+    stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), *walked)
     return stats
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -81,11 +82,11 @@ class Plan:
     stages: tuple[Stage, ...]
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what `weights` made for it
 
-    @property
+    @cached_property
     def gradient_terms(self) -> int:
         return sum(s.gradient_terms for s in self.stages)
 
-    @property
+    @cached_property
     def curvature_terms(self) -> int:
         return sum(s.bends for s in self.stages)
 
