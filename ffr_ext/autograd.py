@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import compiled, ops
 from ._torch import transforms_active
+from .reference import at_positions
 from .stages import Layout, Stage, Sums, align, kernel_layouts, with_layout
 
 DOUBLE_BACKWARD = (
@@ -74,19 +75,21 @@ def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tu
     return stats, signs
 
 
-def _save(ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor) -> None:
+def _save(
+    ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor, padding: Tensor | None
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     # Shapes and strides instead of the features: l1 needs nothing else of them.
     ctx.layouts = tuple([Layout.of(f) for f in features])
-    ctx.save_for_backward(*(features if spec.sums.squared else (signs,)))
+    ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
 def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list[Tensor | None]:
     """The backward pass, one entry per feature, from d loss / d stats."""
     call = ctx.spec, ctx.layouts, wanted, coef
     if not torch.is_grad_enabled():
-        grads = iter(_flow_gradients(*call, ctx.saved_tensors))
+        grads = iter(_flow_gradients(*call, *ctx.saved_tensors))
     elif transforms_active():
         # torch.func.grad always records its backward pass; only differentiating that record is refused.
         grads = iter(_RefusedTwice.apply(*call, *ctx.saved_tensors))
@@ -96,24 +99,29 @@ def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list
 
 
 class FlowStats(torch.autograd.Function):
-    """`FlowStats.apply(spec, save_signs, *features) -> (stats, signs)`; differentiable in the features, once."""
+    """`FlowStats.apply(spec, save_signs, padding, *features) -> (stats, signs)`; differentiable in the features, once.
+
+    Where `padding` is True gradients are 0, whatever is there: 0 times the difference of what is not finite is NaN.
+    """
 
     @staticmethod
-    def forward(spec: FlowSpec, save_signs: bool, *features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        spec: FlowSpec, save_signs: bool, padding: Tensor | None, *features: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return _forward(spec, save_signs, features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        spec, _save_signs, *features = inputs
+        spec, _save_signs, padding, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, features, signs)
+        _save(ctx, spec, features, signs, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, *_feature_gradients(ctx, ctx.needs_input_grad[2:], grad_stats))
+        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -139,7 +147,7 @@ class FlowProduct(torch.autograd.Function):
         stats, signs = _forward(spec, save_signs, features)
         made.append(stats)
         ctx.weights = weights
-        _save(ctx, spec, features, signs)
+        _save(ctx, spec, features, signs, None)
         return (stats * weights).sum().to(dtype)
 
     @staticmethod
@@ -155,9 +163,9 @@ class _RefusedTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, *saved: Tensor
+        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, padding: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, ...]:
-        return _flow_gradients(spec, layouts, wanted, grad_stats, saved)
+        return _flow_gradients(spec, layouts, wanted, grad_stats, padding, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -177,7 +185,8 @@ def _flow_gradients(
     layouts: tuple[Layout, ...],
     wanted: tuple[bool, ...],
     grad_stats: Tensor,
-    saved: tuple[Tensor, ...],
+    padding: Tensor | None,
+    *saved: Tensor,
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
@@ -211,6 +220,8 @@ def _flow_gradients(
         ]
         ops.flow_kernels(backend).backward(*arguments, slots)
         grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
+    if padding is not None:
+        grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
     asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
     # A list, not a generator, as in `align`.
     return tuple([with_layout(grad, layout) for grad, layout in zip(grads, asked, strict=True)])
