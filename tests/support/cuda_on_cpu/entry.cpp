@@ -2,8 +2,8 @@
 
 #include <vector>
 
-#include "../../csrc/cuda/filters.h"
-#include "../../csrc/cuda/flow.h"
+#include "../../../csrc/cuda/filters.h"
+#include "../../../csrc/cuda/flow.h"
 #include "cuda_on_cpu.h"
 
 namespace {
