@@ -58,7 +58,9 @@ def output_tensors(result: Any) -> list[Tensor]:
 
 
 def _is_cache(value: Any) -> bool:
-    return any(c.__module__.startswith("transformers.") and c.__name__.endswith("Cache") for c in type(value).__mro__)
+    return any(
+        c.__module__.startswith("transformers.") and c.__name__.endswith("Cache") for c in type(value).__mro__
+    )
 
 
 @contextlib.contextmanager
@@ -91,15 +93,17 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_dense_weights(model: nn.Module, caller: str) -> None:
-    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones. The package's own kernels
-    and `torch.export` would fail somewhere inside of them."""
+    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones. Kernels and
+    `torch.export` would fail somewhere inside of them."""
     for name, tensor in all_tensors(model):
         kind = type(tensor)
         what = None
         if is_lazy(tensor):
             what = "is not initialised yet: run the model once first"
         elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            what = f"is a {kind.__module__}.{kind.__name__}, whose numbers are not in a dense tensor: {_FIRST}"
+            what = (
+                f"is a {kind.__module__}.{kind.__name__}, whose numbers are not in a dense tensor: {_FIRST}"
+            )
         elif tensor.is_quantized:
             what = f"is of the quantised dtype {tensor.dtype}: {_FIRST}"
         elif tensor.layout != torch.strided:
@@ -112,7 +116,9 @@ def check_dense_weights(model: nn.Module, caller: str) -> None:
         quantised = any(".quantized." in f"{c.__module__}." for c in type(module).__mro__)
         if quantised or (packed and isinstance(module, nn.Linear | nn.modules.conv._ConvNd)):
             kind = type(module)
-            raise ValueError(f"{caller}: model: {path or 'it'} is quantised ({kind.__module__}.{kind.__name__}): {_FIRST}")
+            raise ValueError(
+                f"{caller}: model: {path or 'it'} is quantised ({kind.__module__}.{kind.__name__}): {_FIRST}"
+            )
 
 
 def check_no_fake_quantisation(model: nn.Module, caller: str) -> None:

@@ -174,7 +174,9 @@ def load_checkpoint(model: torch.nn.Module, path: str, key: str | None = None) -
 
 def _why(error: Exception) -> str:
     """What the unpickler met, without its advice."""
-    met = re.search(r"WeightsUnpickler error:\s*(.*?)(?: was not an allowed| by default|$)", str(error), re.MULTILINE)
+    met = re.search(
+        r"WeightsUnpickler error:\s*(.*?)(?: was not an allowed| by default|$)", str(error), re.MULTILINE
+    )
     said = met[1] if met else next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {said}"
 
@@ -184,7 +186,9 @@ def _is_state_dict(entry: Any) -> bool:
 
 
 def _without_wrappers(state: Mapping[str, Any], model: torch.nn.Module, where: str) -> Mapping[str, Any]:
-    stripped: dict[str, Any] = copy.copy(state) if isinstance(state, dict) else dict(state)  # with its versions
+    stripped: dict[str, Any] = (
+        copy.copy(state) if isinstance(state, dict) else dict(state)
+    )  # with its versions
     removed = ""
     while set(stripped) != set(model.state_dict()):
         prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in stripped)), None)

@@ -122,7 +122,9 @@ class Check:
             return None
         compact = deep_copy(candidate).double()
         with _AllInDouble():
-            return max(_difference(r, self._run(compact, c)) for c, r in zip(calls, self._double, strict=True))
+            return max(
+                _difference(r, self._run(compact, c)) for c, r in zip(calls, self._double, strict=True)
+            )
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

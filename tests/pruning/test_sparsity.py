@@ -204,9 +204,17 @@ def test_structure_and_graph_agree_on_models_of_others(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: sparsity(dead(), -1.0), ValueError, "threshold: expected a finite number of at least 0, got -1"),
+        (
+            lambda: sparsity(dead(), -1.0),
+            ValueError,
+            "threshold: expected a finite number of at least 0, got -1",
+        ),
         (lambda: sparsity(dead(), float("nan")), ValueError, "threshold"),
-        (lambda: sparsity(dead(), float("inf")), ValueError, "threshold: expected a finite number of at least 0, got inf"),
+        (
+            lambda: sparsity(dead(), float("inf")),
+            ValueError,
+            "threshold: expected a finite number of at least 0, got inf",
+        ),
         (lambda: sparsity(dead(), "0.1"), TypeError, "threshold: expected a number, got str"),
         (
             lambda: zero_small_filters(dead(), [0.1]),

@@ -53,7 +53,9 @@ class _Call:
 class Rehearsal:
     """Runs candidates that were cut from `base`, the model that the solver's graph was traced from."""
 
-    def __init__(self, solver: Solver, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, solver: Solver, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.solver = solver
         self.made = solver.analysis.made
         self.args, self.kwargs = args, kwargs
@@ -250,7 +252,7 @@ def _intercepted(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
             if path in own:
                 module.forward = own[path]
             else:
-                vars(module).pop("forward", None)
+                del module.forward
 
 
 def _tensors(tree: Any) -> list[Tensor]:

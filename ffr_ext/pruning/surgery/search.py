@@ -58,7 +58,9 @@ class Search:
         self.check, self.options = check, options
         self.source = source_shapes(model)
         self.notes: list[str] = []
-        self.needed: set[tuple[str, int]] = set()  # dimensions of tensors whose size the forward code depends on
+        self.needed: set[tuple[str, int]] = (
+            set()
+        )  # dimensions of tensors whose size the forward code depends on
 
     def run(self, strict: bool) -> Found:
         """Rounds until one finds nothing more, as one plan: the result is as small as it gets."""
@@ -232,7 +234,9 @@ class Search:
 
         def holds(known: list[int], more: list[int]) -> bool:
             others = [f for f in families if f not in {*known, *more}]
-            stays = forbidden | torch.isin(solver.family, torch.tensor(others, dtype=torch.int64, device="cpu"))
+            stays = forbidden | torch.isin(
+                solver.family, torch.tensor(others, dtype=torch.int64, device="cpu")
+            )
             removed, plan, candidate = self._candidate(solver, replaced, stays)
             try:
                 error = confirm(candidate)
