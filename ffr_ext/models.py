@@ -93,8 +93,8 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_dense_weights(model: nn.Module, caller: str) -> None:
-    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones. The package's own kernels
-    and `torch.export` would fail somewhere inside of them."""
+    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones. Kernels and
+    `torch.export` would fail somewhere inside of them."""
     for name, tensor in all_tensors(model):
         kind = type(tensor)
         what = None

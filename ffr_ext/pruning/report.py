@@ -169,7 +169,8 @@ def experts_that_stay(solver: Solver) -> list[str]:
     mixtures = sorted(p for p in paths if "experts" in p.split(".") or f"{p}.experts" in graph.modules)
     if not mixtures:
         return []
+    more = f" and {len(mixtures) - 3} more" if len(mixtures) > 3 else ""
     return [
-        f"{', '.join(mixtures[:3])}{f' and {len(mixtures) - 3} more' if len(mixtures) > 3 else ''}: the experts stay as "
-        "they are, because which tokens an expert gets depends on values"
+        f"{', '.join(mixtures[:3])}{more}: the experts stay as they are, because which tokens an expert gets depends "
+        "on values"
     ]

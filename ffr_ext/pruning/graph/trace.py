@@ -79,20 +79,17 @@ def _returning_tensors(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if own is None:
-            vars(model).pop("forward", None)
+            del model.forward
         else:
             model.forward = own
 
 
-# What an error of torch.export says -> what helps. All begin where the model's code looks at values.
-_REMEDIES = {
-    "data-dependent|GuardOnDataDependent|DataDependent|dynamic shape operator|unbacked": (
-        "the forward code branches on, or sizes a tensor by, the values of a tensor: take that out of the forward, give "
-        "an example and options that avoid it, or compact the submodule that holds the layers"
-    ),
-    "ScriptFunction|torch.jit": "pass the module it was scripted from",
-    "input_output|alias|mutat": "return a copy (clone()) instead of an input or a buffer",
-}
+# What errors of torch.export have in common where the forward looks at the values of a tensor, and what helps.
+_LOOKS_AT_VALUES = re.compile("data-dependent|DataDependent|unbacked|dynamic shape operator")
+_REMEDY = (
+    "the forward code branches on, or sizes a tensor by, the values of a tensor: take that out of the forward, call it "
+    "with options that avoid it, or compact the submodule that holds the layers"
+)
 
 
 def _reason(error: Exception) -> str:
@@ -102,10 +99,8 @@ def _reason(error: Exception) -> str:
     first = re.split(r"(?<=[.!])\s|\s+\(Size-like", first)[0]
     at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', text)
     place = f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})" if at else ""
-    hint = next(
-        (h for pattern, h in _REMEDIES.items() if re.search(pattern, f"{type(error).__name__} {text}")), ""
-    )
-    return f"{type(error).__name__}: {first}{place}" + (f"; {hint}" if hint else "")
+    said = f"{type(error).__name__}: {first}{place}"
+    return f"{said}; {_REMEDY}" if _LOOKS_AT_VALUES.search(f"{type(error).__name__} {text}") else said
 
 
 def module_path(node: Node) -> str:
