@@ -8,7 +8,16 @@ that may leave), `branches` (modules that are dead as a whole).
 from __future__ import annotations
 
 from .analysis import Analysis
-from .rules import layers, norms, pointwise, shape  # noqa: F401  they fill the table of rules
+from .rules import (  # noqa: F401  they fill the table of rules
+    attention,
+    contractions,
+    layers,
+    norms,
+    pointwise,
+    rearrange,
+    recurrent,
+    shape,
+)
 from .solver import Options, Solver
 from .trace import TracedGraph, trace
 
