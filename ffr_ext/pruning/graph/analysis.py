@@ -53,7 +53,7 @@ class Read:
     """
 
     node: Node
-    dim: int  # of the node's result: the outputs
+    dim: int | None  # of the node's result: the outputs. None where they are not seen in it
     start: int  # the first of them, for a group of a convolution
     inputs: Tensor  # labels
     outputs: Tensor  # labels
@@ -129,6 +129,7 @@ class Analysis:
         self.sized: list[
             tuple[str, str, Tensor]
         ] = []  # (module, attribute, labels it counts) with no tensor to tell
+        self.divided: list[tuple[str, Tensor]] = []  # (module, labels of the heads that it divides channels into)
         self.out_axes: dict[str, int] = {}  # weight -> the dimension of its filters
         self.filters_of_computed: list[Tensor] = []  # labels of the filters of weights that are no parameters
         self._roots: dict[Node, Node] = {}
@@ -143,9 +144,10 @@ class Analysis:
         for node in graph.nodes:
             self._visit(node)
         for read in self.reads:
-            read.silenced = self._silenced(read.node, read.dim)[
-                read.start : read.start + read.outputs.numel()
-            ]
+            read.silenced = torch.zeros_like(read.outputs, dtype=torch.bool)
+            if read.dim is not None:
+                own = slice(read.start, read.start + read.outputs.numel())
+                read.silenced = self._silenced(read.node, read.dim)[own]
 
     # ---------------------------------------------------------------------------------------------------
     # For the rules

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ... import _torch
 from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating, output_tensors
+from .inline import inlined
 
 
 @dataclass
@@ -47,7 +48,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
     names = canonical_names(model)
     tensors = dict(all_tensors(model))
     graph = TracedGraph(
-        list(exported.graph.nodes),
+        list(inlined(exported.graph_module).nodes),
         {},
         {n: tensors[n] for n in dict.fromkeys(names.values())},
         names,

@@ -14,7 +14,7 @@ from .. import states
 from ..analysis import Analysis, Constraint, Flow, Labels, meta_shape
 from ..registry import rule
 from ..states import State, fill_dims
-from ..trace import where
+from ..trace import module_path, where
 from .pointwise import combined_labels, fold
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,8 +89,20 @@ def _reshape_labels(
         if torch.equal(along.expand(sizes), within):
             return [along.flatten() if j == k else None for j in range(len(sizes))]
     analysis.sets.claim(vector)
-    analysis.sets.pin(vector, f"split over several dimensions by {where(node)}")
-    return [None] * len(sizes)
+    if len(ins) > 1 or len(sizes) < 2:
+        analysis.sets.pin(vector, f"split over several dimensions by {where(node)}")
+        return [None] * len(sizes)
+    return _divided(analysis, node, within)
+
+
+def _divided(analysis: Analysis, node: Node, within: Tensor) -> list[Labels]:
+    """Channels divided into heads of several features, or into several tensors of such heads: [.., heads, features].
+    A head is one channel: it leaves as a whole."""
+    heads = within.movedim(-2, 0).flatten(1)
+    for other in range(1, heads.shape[1]):
+        analysis.sets.unify(heads[:, 0], heads[:, other])
+    analysis.divided.append((module_path(node), heads[:, 0]))
+    return [heads[:, 0] if d == within.dim() - 2 else None for d in range(within.dim())]
 
 
 def _reshape_compressed(
@@ -128,9 +140,12 @@ def _expand(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
     flow: Flow = bound["self"]
     shape = meta_shape(node)
     new = len(shape) - flow.rank
-    labels = [None] * new + [
+    labels: list[Labels] = [None] * new + [
         v if flow.shape[d] == shape[d + new] else None for d, v in enumerate(flow.labels)
     ]
+    if isinstance(like := bound.get("other"), Flow):  # as large as another tensor, also when that is cut
+        spread = [d for d, size in enumerate(shape) if d < new or flow.shape[d - new] != size]
+        labels = [like.labels[d] if d in spread else v for d, v in enumerate(labels)]
     leading = (1,) * new
     return Flow(
         shape,
