@@ -74,6 +74,7 @@ PUBLIC = (
         "ffr_ext.flow",
         "ffr_ext.pruning",
         "ffr_ext.pruning.graph",
+        "ffr_ext.regularizers",
         "ffr_ext.structured",
         "ffr_ext.trainers",
     ),

@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from ..models import as_call, copy_without_hooks
 from .filters import BatchNorm, Layer, filter_dim
 from .graph.groups import ChannelGroups
+from .graph.states import on_cpu
 from .graph.trace import module_path, op_name, trace
 from .norms import filter_norms
 
@@ -59,6 +60,7 @@ def effective_scales(layers: list[Layer]) -> list[Tensor]:
     return [_scale(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
 
 
+@on_cpu
 def channel_scales(groups: ChannelGroups, layers: list[Layer]) -> tuple[Tensor, Tensor]:
     """The squared effective scale of every channel group, (groups,) in float64, and whether a batch norm decides it.
 

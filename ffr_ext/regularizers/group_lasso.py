@@ -13,6 +13,7 @@ from ..checks import check_choice
 from ..pruning.graph.groups import channel_groups
 from ..pruning.graph.shards import Local, sum_over_ranks
 from ..pruning.graph.slices import Axis, Slices
+from ..pruning.graph.states import on_cpu
 from ..pruning.scale import find_layers
 from .oicsr import check_channels, families
 from .penalty import GroupPenalty, check_positive, check_regularizes_something
@@ -184,6 +185,7 @@ def _coupled(model: nn.Module, example_inputs: Any, include_norm: bool) -> tuple
     return Slices(model, axes, len(found)), families(found, axes)
 
 
+@on_cpu
 def _by_layer(
     model: nn.Module, example_inputs: Any, include_norm: bool, inputs: bool
 ) -> tuple[Slices, dict[str, Tensor]]:
@@ -223,6 +225,7 @@ def _path(module: str) -> str:
     return f"{module}.weight" if module else "weight"
 
 
+@on_cpu
 def _sizes(slices: Slices) -> Tensor:
     """The number of entries of each group."""
     counts = torch.zeros(len(slices), dtype=torch.float64)

@@ -55,9 +55,8 @@ class OutInChannelLasso(GroupPenalty):
         axes = self.groups.weight_axes(include_norm, separated)
         check_channels("OutInChannelLasso", self.groups)
         slices = Slices(model, axes, len(self.groups))
-        super().__init__(
-            model, slices, torch.ones(len(self.groups)), families(self.groups, axes), weight=weight
-        )
+        alike = torch.ones(len(self.groups), device="cpu")
+        super().__init__(model, slices, alike, families(self.groups, axes), weight=weight)
 
 
 def check_channels(name: str, groups: ChannelGroups) -> None:

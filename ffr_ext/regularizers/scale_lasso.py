@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from ..pruning.filters import BatchNorm
 from ..pruning.graph.slices import Axis, Slices
+from ..pruning.graph.states import on_cpu
 from .penalty import GroupPenalty, check_regularizes_something
 
 _NORMS = (*BatchNorm, _InstanceNorm, nn.GroupNorm)
@@ -39,6 +40,7 @@ class ScaleLasso(GroupPenalty):
         TypeError, ValueError: an argument is not as above, or no norm of the model has a scale for each channel.
     """
 
+    @on_cpu
     def __init__(
         self, model: nn.Module, *, weight: float, form: str = "gradient", step_size: float | None = None
     ) -> None:

@@ -101,9 +101,11 @@ class Stress(BaseRegularizer):
         self.after_backward()
 
     def before_forward(self) -> None:
-        """Attenuate, on every ``every``-th call."""
+        """Attenuate, on every ``every``-th call while enabled."""
         if self._kept:
             raise RuntimeError("Stress: before_forward() twice without after_backward() in between")
+        if not self.enabled:
+            return
         self.batches += 1
         alpha = self.active_attenuation
         if self.batches % self.every or alpha == 1:
@@ -202,7 +204,7 @@ class _Synapses:
         weights = [f"{layer.name}.weight" if layer.name else "weight" for layer in layers]
         self.names = list(dict.fromkeys(names[name] for name in weights if name in own))
         check_regularizes_something("Stress", len(self.names), "no convolution or linear layer has a weight")
-        none = torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.slices = Slices(model, [Axis(name, 0, "out", none) for name in self.names], 0)
 
     def factors(self, alpha: float, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:

@@ -180,6 +180,17 @@ def test_channel_counts_that_change_are_multiples(name: str) -> None:
     assert result.report.flops[1] <= 0.8 * result.report.flops[0]
 
 
+def test_the_default_device_does_not_matter() -> None:
+    model = settled(chain())
+    for energy in ("paper", "effective"):
+        expected = prune_to(model, IMAGE, flops=0.7, energy=energy, measure=False).plan.digest()
+        with torch.device("meta"):
+            found = prune_to(model, IMAGE, flops=0.7, energy=energy, normalize="mean", measure=False)
+            plain = prune_to(model, IMAGE, flops=0.7, energy=energy, measure=False)
+        assert plain.plan.digest() == expected
+        assert found.report.flops[1] <= 0.7 * found.report.flops[0]
+
+
 def test_both_targets_are_met() -> None:
     result = prune_to(settled(chain()), IMAGE, flops=0.9, parameters=0.5, measure=False)
     assert result.report.flops[1] <= 0.9 * result.report.flops[0]

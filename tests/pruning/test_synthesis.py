@@ -122,6 +122,15 @@ def test_seeds_decide_and_every_layer_keeps_a_channel() -> None:
     assert (tiny[0].out_channels, tiny[2].out_channels) == (1, 1)
 
 
+def test_the_default_device_does_not_matter() -> None:
+    model = wide(8)
+    for level in ("channel", "synapse"):
+        expected = synthesize(model, X, level=level, measure=False)
+        with torch.device("meta"):
+            found = synthesize(model, X, level=level, measure=False)
+        assert fingerprint(found.model) == fingerprint(expected.model)
+
+
 def test_the_best_of_several_offspring_is_kept() -> None:
     model = wide()
     seen: list[float] = []

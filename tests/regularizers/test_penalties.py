@@ -372,6 +372,29 @@ def test_coupled_groups_reach_exact_zeros_that_compact_takes_out() -> None:
     assert result.report.parameters[1] < result.report.parameters[0]
 
 
+def test_a_proximal_map_shows_nan_too() -> None:
+    model = lenet()
+    with torch.no_grad():
+        model[0].weight[2, 0, 0, 0] = math.nan
+        model[1].weight[3] = math.nan
+    ScaleLasso(model, weight=0.1, form="prox").step()
+    assert model[1].weight.isnan().tolist() == [False] * 3 + [True] + [False] * 2
+    SparseGroupLasso(model, weight=0.01, sparse=None, include_norm=False, form="prox").step()
+    assert model[0].weight.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False, False]
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model = lenet()
+    with torch.device("meta"):
+        for make, formula in CASES.values():
+            regularizer = make(model)
+            regularizer.add_gradients_()
+            torch.testing.assert_close(
+                regularizer.loss().detach(), formula(model).detach(), rtol=1e-12, atol=0
+            )
+            regularizer.terms()
+
+
 # --- the split of the published code -------------------------------------------------------------------
 
 

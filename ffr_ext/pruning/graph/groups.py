@@ -132,6 +132,7 @@ class ChannelGroups(Slices):
         """The filters of every weight that makes channels of some group."""
         return [axis for axis in self.axes if axis.makes_channels]
 
+    @on_cpu
     @torch.no_grad()
     def zero_(self, chosen: Tensor, model: nn.Module | None = None) -> None:
         """Zero what makes the chosen groups: filters, scales, biases and running means. What reads them stays.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .shards import Local, local_parts, sum_over_ranks
+from .states import on_cpu
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Slices:
         """(groups,): values of the slices of each axis added up for each group and, where a tensor is sharded, over
         all ranks. In the dtype of the values."""
         if not parts:
-            return torch.zeros(len(self), dtype=torch.float64)
+            return torch.zeros(len(self), dtype=torch.float64, device="cpu")
         device = parts[0].tensor.device
         whole = [_whole(v, axis, part).to(device) for v, axis, part in zip(values, axes, parts, strict=True)]
         key = (device, *((axis.name, axis.dim) for axis in axes))
@@ -100,6 +101,7 @@ class Slices:
 class GroupSums:
     """Adds up the entries of each group in a fixed order, without atomics: the same bits on every run and rank."""
 
+    @on_cpu
     def __init__(self, groups: list[Tensor], count: int, device: torch.device) -> None:
         entries = torch.cat([g.cpu() for g in groups]) if groups else torch.zeros(0, dtype=torch.int64)
         by_group = entries.argsort(stable=True)[int((entries < 0).sum()) :]
