@@ -88,9 +88,9 @@ __device__ __forceinline__ Compute<T> magnitude(const Compute<T> (&x)[kVec<T>]) 
   return sum;
 }
 
-// Blocks on a multiprocessor, as many as registers without spilling allow (tests/native/test_gpu_compile.py holds
-// this): a block has 16 KiB in flight, an H200 wants about 25 for each of its multiprocessors (4.8 TB/s x 0.7
-// us / 132).
+// Blocks on a multiprocessor, as many as registers without spilling allow (tests/native/test_gpu_compile.py
+// holds this): a block has 16 KiB in flight, an H200 wants about 25 for each of its multiprocessors (4.8 TB/s
+// x 0.7 us / 132).
 template <typename T, Mode mode>
 constexpr int resident_blocks() {
   return sizeof(T) == 4 ? 4 : sizeof(T) == 8 || mode == Mode::kAbsSigns ? 2 : 3;

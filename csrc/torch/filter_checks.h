@@ -68,43 +68,44 @@ inline KeptLayout kept_layout(const Tensor& source, int64_t dim, int64_t kept) {
   return layout;
 }
 
+inline Tensor new_compacted(const Tensor& source, int64_t dim, int64_t kept) {
+  const KeptLayout layout = kept_layout(source, dim, kept);
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(source.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(source.get(), &device_type));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(source.dim(), layout.sizes.data(), layout.strides.data(),
+                                                  dtype, device_type, source.get_device_index(), &out));
+  return Tensor(out);
+}
+
 inline void check_one_each(const char* list, size_t size, size_t tensors) {
   STD_TORCH_CHECK(size == tensors, list, " must have one entry for each of the ", tensors, " tensors, got ",
                   size);
 }
 
+// The gathers of a list, and the tensors they will fill.
+struct Gathers {
+  std::vector<Tensor> outs;
+  std::vector<GatherTensor> list;
+};
+
 // keep's values are not looked at: on CUDA that would wait for the device.
-inline std::vector<GatherTensor> check_compact_filters(const std::vector<Tensor>& tensors,
-                                                       const std::vector<Tensor>& keep,
-                                                       const std::vector<int64_t>& dims,
-                                                       const std::vector<Tensor>& outs) {
+inline Gathers check_compact_filters(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
+                                     const std::vector<int64_t>& dims) {
   check_one_each("keep", keep.size(), tensors.size());
   check_one_each("dims", dims.size(), tensors.size());
-  check_one_each("outs", outs.size(), tensors.size());
-  std::vector<GatherTensor> gathers;
+  Gathers gathers;
   for (int64_t i = 0; i < size_of(tensors); ++i) {
-    const Tensor &source = tensors[i], &out = outs[i];
+    const Tensor& source = tensors[i];
     check_device({"tensors", i}, source, {"tensors", 0}, tensors[0]);
     check_device({"keep", i}, keep[i], {"tensors", 0}, tensors[0]);
-    check_device({"outs", i}, out, {"tensors", 0}, tensors[0]);
     check_vector({"keep", i}, keep[i], ScalarType::Long, keep[i].numel());
-    STD_TORCH_CHECK(out.scalar_type() == source.scalar_type(), Name{"outs", i}, " must have the dtype of ",
-                    Name{"tensors", i}, ", ", torch::headeronly::toString(source.scalar_type()), "; got ",
-                    torch::headeronly::toString(out.scalar_type()));
-    const int64_t dim = dims[i];
-    const DimSplit split = check_split({"tensors", i}, source, {"dims", i}, dim);
-
-    const KeptLayout want = kept_layout(source, dim, keep[i].numel());
-    bool fits = out.dim() == source.dim();
-    for (int64_t d = 0; fits && d < source.dim(); ++d) {
-      fits = out.size(d) == want.sizes[d] &&
-             (want.sizes[d] <= 1 || out.numel() == 0 || out.stride(d) == want.strides[d]);
-    }
-    STD_TORCH_CHECK(fits, Name{"outs", i}, " must have sizes ", show(want.sizes), " and strides ",
-                    show(want.strides), "; got ", show(out.sizes()), " and ", show(out.strides()));
-    gathers.push_back({static_cast<int64_t>(source.element_size()), split, source.const_data_ptr(),
-                       static_cast<const int64_t*>(keep[i].const_data_ptr()), keep[i].numel(),
-                       out.mutable_data_ptr()});
+    const DimSplit split = check_split({"tensors", i}, source, {"dims", i}, dims[i]);
+    gathers.outs.push_back(new_compacted(source, dims[i], keep[i].numel()));
+    gathers.list.push_back({static_cast<int64_t>(source.element_size()), split, source.const_data_ptr(),
+                            static_cast<const int64_t*>(keep[i].const_data_ptr()), keep[i].numel(),
+                            gathers.outs.back().mutable_data_ptr()});
   }
   return gathers;
 }

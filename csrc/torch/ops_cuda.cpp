@@ -1,5 +1,6 @@
 // The ops on CUDA: checks the arguments, makes their device current, and launches csrc/cuda on torch's
-// current stream. Compiled by the host's compiler, without a CUDA header; the schemas are those of ops.cpp.
+// current stream. Compiled by the host's compiler, without a CUDA header; the schemas are those of
+// ffr_ext/ops.py.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../cuda/filters.h"
@@ -114,12 +116,15 @@ void filter_norms_cuda(const std::vector<Tensor>& weights, const std::vector<int
 
 // The values of keep are checked where they are known without waiting for the device: by the caller, and by
 // the kernel, which stops at one that is out of range.
-void compact_filters_cuda(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
-                          const std::vector<int64_t>& dims, const std::vector<Tensor>& outs) {
-  const std::vector<GatherTensor> gathers = check_compact_filters(tensors, keep, dims, outs);
-  if (gathers.empty()) return;
+std::tuple<std::vector<Tensor>, int64_t> compact_filters_cuda(const std::vector<Tensor>& tensors,
+                                                              const std::vector<Tensor>& keep,
+                                                              const std::vector<int64_t>& dims) {
+  if (tensors.empty()) return {{}, -1};
   const Launch launch(tensors[0]);
-  check_launch("compact_filters", cuda::compact_filters(gathers.data(), size_of(gathers), launch.stream()));
+  const Gathers gathers = check_compact_filters(tensors, keep, dims);
+  check_launch("compact_filters",
+               cuda::compact_filters(gathers.list.data(), size_of(gathers.list), launch.stream()));
+  return {gathers.outs, -1};
 }
 
 }  // namespace
