@@ -307,8 +307,8 @@ class FeatureFlow(BaseRegularizer):
         if not self.enabled:
             return None
         paths = self._recorder.paths
-        found = reached(loss, {node for path in paths for node in path.nodes()})
-        hit = [path for path in paths if not found.isdisjoint(path.nodes())]
+        hits = reached(loss, [path.nodes() for path in paths])
+        hit = [path for path, is_hit in zip(paths, hits, strict=True) if is_hit]
         if not hit:
             if required and not (self.missing == "skip" and self._recorder.called):
                 self._check_attached()

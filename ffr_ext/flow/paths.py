@@ -159,7 +159,7 @@ def independent(path: Path) -> list[Path]:
 def _follows(later: Tensor, earlier: Tensor) -> bool:
     if earlier.grad_fn is None or later.grad_fn is None:
         return True
-    return earlier.grad_fn is later.grad_fn or bool(reached(later, {earlier.grad_fn}))
+    return earlier.grad_fn is later.grad_fn or reached(later, [{earlier.grad_fn}])[0]
 
 
 def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[Path]:
@@ -189,14 +189,14 @@ def _part(path: Path, part: slice) -> Path:
     return result
 
 
-def reached(loss: Tensor, wanted: set[Any]) -> set[Any]:
-    """Those of the nodes `wanted` that the graph of `loss` has. Breadth first, since features are near the loss; the
-    walk stops when it has them all."""
-    found: set[Any] = set()
+def reached(loss: Tensor, wanted: Sequence[set[Any]]) -> list[bool]:
+    """For each of these sets of nodes whether the graph of `loss` has one of them. Breadth first, since features are
+    near the loss; the walk stops when it has one of each."""
+    missing = dict(enumerate(wanted))
     layer = [loss.grad_fn] if loss.grad_fn is not None else []
     seen: set[Any] = set(layer)
-    while layer and len(found) < len(wanted):
-        found.update(node for node in layer if node in wanted)
+    while layer and missing:
+        missing = {index: nodes for index, nodes in missing.items() if nodes.isdisjoint(layer)}
         following = []
         for node in layer:
             for parent, _ in node.next_functions:
@@ -204,7 +204,7 @@ def reached(loss: Tensor, wanted: set[Any]) -> set[Any]:
                     seen.add(parent)
                     following.append(parent)
         layer = following
-    return found
+    return [index not in missing for index in range(len(wanted))]
 
 
 def quoted(names: Sequence[str]) -> str:

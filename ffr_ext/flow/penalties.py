@@ -1,4 +1,4 @@
-"""From the paths of a pass to one loss: where they are cut and joined, which weights go where, and who differentiates."""
+"""From the paths of a pass to one loss: where they are cut and joined, which weights go where, who differentiates."""
 
 from __future__ import annotations
 

@@ -223,7 +223,8 @@ class Recorder:
         feature = output
         if self.output is not None or type(output) is not Tensor or not output.is_floating_point():
             feature = select(self.output, name, module, output)
-        path = self._path(self.streams[index], index)
+        stream = self.streams[index]
+        path = stream.path if stream.path is not None else self._path(stream, index)
         if self.by_hand and not compiling and not path.names and feature.grad_fn is not None:
             feature.grad_fn.register_prehook(path.passed)
         if compiling:
@@ -231,8 +232,8 @@ class Recorder:
         path.versions.append(None if compiling else version(feature))
         path.names.append(name)
         path.features.append(feature)
-        path.taps.append(tap(feature) if self.tapping and can_tap(feature) else None)
-        if not torch.is_grad_enabled() and not self.capture_eval:
+        path.taps.append(tap(feature) if self.tapping and not compiling and can_tap(feature) else None)
+        if not feature.requires_grad and not self.capture_eval and not torch.is_grad_enabled():
             path.without_autograd.append(name)
         self.ever = True
 
