@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import backends, ops
+from ...models import OUT_OF_MEMORY
 from ..norms import dense, dims_of, tensor_list
 
 
@@ -44,9 +44,14 @@ def compact_filters(
     if backend in ("auto", "cpu") and backends.native() is not None:
         # Checked natively. What that refuses (other devices, gaps, anything wrong) is sorted out below, where the
         # errors speak of the caller's arguments.
-        with suppress(Exception), torch.no_grad():
-            dims = [dim] * len(tensors) if type(dim) is int else dims_of("dim", dim, tensors)
-            return ops.compacted(tensors, keep, dims)
+        try:
+            with torch.no_grad():
+                dims = [dim] * len(tensors) if type(dim) is int else dims_of("dim", dim, tensors)
+                return ops.compacted(tensors, keep, dims)
+        except OUT_OF_MEMORY:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            pass
     sources = tensor_list("tensors", tensors)
     indices = tensor_list("keep", keep)
     if len(indices) != len(sources):
