@@ -160,3 +160,17 @@ def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
                 )
             )
     return result
+
+
+def experts_that_stay(solver: Solver) -> list[str]:
+    """One line for all mixtures of experts whose routing keeps their channels."""
+    graph = solver.analysis.graph
+    paths = {what.split(" in ")[-1] for what in solver.analysis.unknown}
+    mixtures = sorted(p for p in paths if "experts" in p.split(".") or f"{p}.experts" in graph.modules)
+    if not mixtures:
+        return []
+    more = f" and {len(mixtures) - 3} more" if len(mixtures) > 3 else ""
+    return [
+        f"{', '.join(mixtures[:3])}{more}: the experts stay as they are, because which tokens an expert gets depends "
+        "on values"
+    ]

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..models import as_call, deep_copy
+from ..models import as_call, check_dense_weights, deep_copy
 from .compaction import compact
 from .filters import Layer
 from .scale import SmallFilters, effective_scales, find_layers, small_filters, without_repeats
@@ -90,14 +90,13 @@ def zero_small_filters(
         was zeroed.
 
     Raises:
-        TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers), ``dry_run`` no bool.
+        TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers).
         ValueError: ``threshold`` is negative or not finite; the weight of a filter to zero is computed (weight_norm,
             a pruning mask) and no parameter. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(dry_run, bool):
-        raise TypeError(f"dry_run: expected True or False, got {dry_run!r}")
+    check_dense_weights(model, "zero_small_filters")
     several = (
         isinstance(threshold, Iterable) and getattr(threshold, "ndim", None) != 0
     )  # a 0-dim tensor is a number

@@ -51,7 +51,8 @@ class Solver:
         self.absorbing = absorbing_reads(analysis)
         self.carriers = Carriers(analysis, self.reads, self.absorbing)
         self.reasons: dict[int, str] = {}
-        self.gave_back = False  # the last `solve` kept dead channels for a size
+        self._gave_back = False  # dead channels were kept for a size
+        self._settled = torch.zeros(0, dtype=torch.bool)  # channels that have left for good
         self._strength: Tensor | None = None
 
     def _families(self) -> Tensor:
@@ -78,10 +79,22 @@ class Solver:
 
     @on_cpu
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
-        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
+        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's.
+
+        Channels are given back for a size one dimension after the other, and one that was given back early may be
+        there for another that turned out to be needed later. So what has left is settled, and solved for again, until
+        nothing more leaves.
+        """
+        self._settled = torch.zeros(len(self.sets), dtype=torch.bool)
+        while True:
+            removed, gave_back = self._solve_once(forbidden)
+            if not gave_back or torch.equal(removed, self._settled):
+                return removed
+            self._settled = removed
+
+    def _solve_once(self, forbidden: Tensor | None) -> tuple[Tensor, bool]:
         self.reasons = {}
-        self.gave_back = self.carriers.gave_up = False
-        chosen: set[int] = set()
+        self._gave_back = False
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -89,33 +102,23 @@ class Solver:
         # turn are made from need not stay. So a dead branch that must keep one channel loses all its other
         # weights.
         spare = torch.zeros_like(removed)
+        if bool(self._settled.any()):
+            self._keep_the_last(removed, spare)
         while True:
-            self._take_back_needed(removed, spare, chosen)
+            self._take_back_needed(removed, spare)
             if not self._restore(removed, spare):
-                break
-        self.gave_back |= self.carriers.gave_up and self._replaceable(chosen, removed)
-        return removed
+                return removed, self._gave_back
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
     # ---------------------------------------------------------------------------------------------------
 
-    def _take_back_needed(self, removed: Tensor, spare: Tensor, chosen: set[int]) -> None:
+    def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
         while waiting := self._take_back(removed, spare):
-            for channel, entry in self.carriers.choose(waiting, removed).items():
+            for channel, entry in self.carriers.choose(waiting, removed & ~self._settled).items():
                 removed[channel] = False
                 spare[channel] = True
-                chosen.add(channel)
                 self._explain(entry.read, entry.inputs, entry.inputs == channel)
-
-    def _replaceable(self, chosen: set[int], removed: Tensor) -> bool:
-        """Whether some carrier is nowhere the only one: another may do once the largest constants have left."""
-        alone = torch.zeros_like(removed)
-        for read, inputs, _ in self.reads:
-            able = self.carriers.mergeable[id(read)] & ~self.absorbing[id(read)] & ~removed[inputs]
-            if int(able.sum()) == 1:
-                alone[inputs[able]] = True
-        return not bool(alone[list(chosen)].all())
 
     def _take_back(self, removed: Tensor, spare: Tensor) -> list[Waiting]:
         """What is needed, whichever channels carry constants; then the constants that nothing carries yet."""
@@ -182,6 +185,15 @@ class Solver:
     # Sizes that must fit
     # ---------------------------------------------------------------------------------------------------
 
+    def _keep_the_last(self, removed: Tensor, spare: Tensor) -> None:
+        """Dimensions that are down to what they have to keep keep it, before others ask for what that reads."""
+        for (name, dim), channels in self.axes.items():
+            size = channels.numel()
+            filters = self.analysis.out_axes.get(name) == dim
+            least = min(size, self.options.min_channels) if filters else 1
+            if size - int(self._settled[channels].sum()) <= least:
+                self._give_back(removed, spare, channels, least, "dead, kept for min_channels")
+
     def _restore(self, removed: Tensor, spare: Tensor) -> bool:
         """Give back dead channels, the strongest first, until every dimension has an allowed size."""
         before, needed_before = removed.clone(), (removed | spare).clone()
@@ -241,13 +253,13 @@ class Solver:
             self._give_back(removed, spare, part, most - count, why)
 
     def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
-        gone = channels[removed[channels]].unique()
+        gone = channels[removed[channels] & ~self._settled[channels]].unique()
         if count <= 0 or not gone.numel():
             return
         strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
         removed[strongest] = False
         spare[strongest] = True
-        self.gave_back = True
+        self._gave_back = True
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models import all_tensors, canonical_names
+from ...models import all_tensors, canonical_names, check_dense_weights, check_no_fake_quantisation
 from ..graph.branches import IDENTITY, ZEROS
 from .apply import apply_cuts
 from .cuts import Cut, CutError
@@ -92,7 +92,7 @@ class CompactionPlan:
 
     def save(self, path: str | bytes | os.PathLike[Any]) -> None:
         """Write the plan as JSON. It replaces the file at once, so that a reader never sees half of it."""
-        name = _file_name(path)
+        name = os.fsdecode(path)
         version = 2 if self.merges else 1
         temporary = f"{name}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ class CompactionPlan:
         Raises ValueError for a file that is no plan, is of another version, or does not match its own
         checksum.
         """
-        name = _file_name(path)
+        name = os.fsdecode(path)
         with open(name, encoding="utf-8") as file:
             try:
                 data = json.load(file)
@@ -165,13 +165,6 @@ class CompactionPlan:
             raise ValueError(f"this plan is for another model: {'; '.join(problems[:3])}{more}")
 
 
-def _file_name(path: str | bytes | os.PathLike[Any]) -> str:
-    """TypeError for what is no file name; `open` would take a whole number for a file that is open already."""
-    if not isinstance(path, str | bytes | os.PathLike):
-        raise TypeError(f"path: expected a file name, got {type(path).__name__}")
-    return os.fsdecode(path)
-
-
 def source_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each parameter and buffer, tied ones once."""
     names = canonical_names(model)
@@ -201,3 +194,5 @@ def check_plain_module(model: nn.Module, caller: str) -> None:
                     "tensors of the "
                     f"old shapes; {_WRAPPERS[base.__name__]}"
                 )
+    check_dense_weights(model, caller)
+    check_no_fake_quantisation(model, caller)

@@ -191,10 +191,11 @@ def _move_along(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow |
 
 @rule("cat", "concat", "concatenate")
 def _cat(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    flows: list[Flow] = [f for f in bound["tensors"] if isinstance(f, Flow)]
     shape = meta_shape(node)
-    if len(flows) != len(bound["tensors"]) or any(f.rank != len(shape) for f in flows):
-        return None  # an old-style empty tensor in the list
+    # A cache begins with an empty tensor of one dimension, which adds nothing.
+    flows = [f for f in bound["tensors"] if not (isinstance(f, Flow) and f.shape == (0,) != shape)]
+    if not flows or not all(isinstance(f, Flow) and f.rank == len(shape) for f in flows):
+        return None
     return _join(analysis, node, flows, bound["dim"] % len(shape), shape)
 
 
