@@ -74,7 +74,6 @@ class Carriers:
 
     def __init__(self, analysis: Analysis, reads: Sequence[Located], absorbing: dict[int, Tensor]) -> None:
         self.mergeable = _mergeable(analysis)
-        self.gave_up = False  # a carrier was refused for its size: with fewer constants it might do
         count = 1 + max((int(i.max()) for _, i, _ in reads if i.numel()), default=0)
         self._reach = torch.zeros(count)  # at how many reads the channel could carry
         for read, inputs, _ in reads:
@@ -89,10 +88,10 @@ class Carriers:
         most = float(read.value[carriers].abs().max()) * LARGEST_FACTOR
         return blocked & (~self.mergeable[id(read)] | (read.value.abs() > most))
 
-    def choose(self, waiting: Sequence[Waiting], removed: Tensor) -> dict[int, Waiting]:
-        """Channel that has to stay as a carrier -> a read that needs it. Few serve all: each time the one that
+    def choose(self, waiting: Sequence[Waiting], candidates: Tensor) -> dict[int, Waiting]:
+        """Which of the `candidates` (bool per channel) stay as carriers -> a read that needs it. Few serve all: each time the one that
         serves most reads, then the one that could serve most others, then the largest constant."""
-        able = [self._able(entry, removed) for entry in waiting]
+        able = [self._able(entry, candidates) for entry in waiting]
         channels = torch.cat([c for c, _ in able])
         sizes = torch.cat([s for _, s in able])
         entries = torch.repeat_interleave(torch.arange(len(able)), torch.tensor([len(c) for c, _ in able]))
@@ -109,13 +108,11 @@ class Carriers:
             channels, sizes, entries = channels[rest], sizes[rest], entries[rest]
         return chosen
 
-    def _able(self, entry: Waiting, removed: Tensor) -> tuple[Tensor, Tensor]:
+    def _able(self, entry: Waiting, among: Tensor) -> tuple[Tensor, Tensor]:
         """The channels that could carry all constants that wait, and their size relative to the largest."""
         size = entry.read.value.abs()
         size = (size / size[entry.blocked].max()).float()
-        candidates = self.mergeable[id(entry.read)] & removed[entry.inputs]
-        able = candidates & (size * LARGEST_FACTOR >= 1)
-        self.gave_up |= bool((candidates & ~able).any())
+        able = self.mergeable[id(entry.read)] & among[entry.inputs] & (size * LARGEST_FACTOR >= 1)
         channels, position = entry.inputs[able].unique(return_inverse=True)  # the same one can be there twice
         least = torch.full((len(channels),), torch.inf).scatter_reduce_(0, position, size[able], "amin")
         return channels, least

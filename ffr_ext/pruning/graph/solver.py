@@ -94,8 +94,7 @@ class Solver:
 
     def _solve_once(self, forbidden: Tensor | None) -> tuple[Tensor, bool]:
         self.reasons = {}
-        self._gave_back = self.carriers.gave_up = False
-        chosen: set[int] = set()
+        self._gave_back = False
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -106,32 +105,20 @@ class Solver:
         if bool(self._settled.any()):
             self._keep_the_last(removed, spare)
         while True:
-            self._take_back_needed(removed, spare, chosen)
+            self._take_back_needed(removed, spare)
             if not self._restore(removed, spare):
-                break
-        self._gave_back |= self.carriers.gave_up and self._replaceable(chosen, removed)
-        return removed, self._gave_back
+                return removed, self._gave_back
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
     # ---------------------------------------------------------------------------------------------------
 
-    def _take_back_needed(self, removed: Tensor, spare: Tensor, chosen: set[int]) -> None:
+    def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
         while waiting := self._take_back(removed, spare):
-            for channel, entry in self.carriers.choose(waiting, removed).items():
+            for channel, entry in self.carriers.choose(waiting, removed & ~self._settled).items():
                 removed[channel] = False
                 spare[channel] = True
-                chosen.add(channel)
                 self._explain(entry.read, entry.inputs, entry.inputs == channel)
-
-    def _replaceable(self, chosen: set[int], removed: Tensor) -> bool:
-        """Whether some carrier is nowhere the only one: another may do once the largest constants have left."""
-        alone = torch.zeros_like(removed)
-        for read, inputs, _ in self.reads:
-            able = self.carriers.mergeable[id(read)] & ~self.absorbing[id(read)] & ~removed[inputs]
-            if int(able.sum()) == 1:
-                alone[inputs[able]] = True
-        return not bool(alone[list(chosen)].all())
 
     def _take_back(self, removed: Tensor, spare: Tensor) -> list[Waiting]:
         """What is needed, whichever channels carry constants; then the constants that nothing carries yet."""
