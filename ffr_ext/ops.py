@@ -26,10 +26,15 @@ SCHEMAS = {
     "SymInt[] groups, bool squared, Tensor(a!)[] grads) -> ()",
     "flow_backward_at": "(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt groups, "
     "bool squared, int index, Tensor(a!) grad, bool accumulate) -> ()",
+    # A dimension of -1: the norms of the slices of dimension 0, then those of dimension 1, in one read.
     "filter_norms": "(Tensor[] weights, int[] dims, float p, Tensor(a!) out) -> ()",
     # `wrong`: the first entry of `keep` whose indices are out of range or not unique, and then nothing is gathered; -1
     # if there is none. On a GPU, where looking would wait, always -1.
     "compact_filters": "(Tensor[] tensors, Tensor[] keep, int[] dims) -> (Tensor[] outs, int wrong)",
+    # A factor for each row and column, in the compute dtype; tensors without elements where there are none.
+    "add_scaled_": "(Tensor(a!)[] grads, Tensor[] weights, Tensor[] rows, Tensor[] columns, float[] slopes, "
+    "float[] taus) -> ()",
+    "shrink_": "(Tensor(a!)[] weights, Tensor[] rows, Tensor[] columns, float[] taus) -> ()",
 }
 
 _library = torch.library.Library("ffr_ext", "FRAGMENT")
@@ -47,7 +52,7 @@ def _declare(name: str) -> None:
 def _triton_implementation(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # Imported at the first call: triton is optional and slow to import.
-        home = "flow" if name.startswith("flow") else "filters"
+        home = "flow" if name.startswith("flow") else "groups" if name.endswith("_") else "filters"
         return getattr(importlib.import_module(f".kernels.{home}", __package__), name)(*args)
 
     return run

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "../cpu/filters.h"
+#include "../cpu/groups.h"
 #include "checks.h"
 
 namespace ffr {
@@ -25,25 +26,53 @@ inline DimSplit check_split(const Name& name, const Tensor& t, const Name& dim_n
   return split;
 }
 
-inline std::vector<NormTensor> check_filter_norms(const std::vector<Tensor>& weights,
-                                                  const std::vector<int64_t>& dims, double p,
-                                                  const Tensor& out) {
+inline PairSplit check_pair_split(const Name& name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() > 0, name, " must have at least 1 dimension");
+  PairSplit split;
+  STD_TORCH_CHECK(split_at_rows_and_columns(t.sizes().data(), t.strides().data(), t.dim(), &split), name,
+                  " must be dense (no gaps, no overlaps), got sizes ", show(t.sizes()), " and strides ",
+                  show(t.strides()));
+  return split;
+}
+
+// The weights whose filters are the slices of one dimension, and those that want rows and columns.
+struct Norms {
+  std::vector<NormTensor> one;
+  std::vector<double*> outs;  // of each of `one`
+  std::vector<PairNormTensor> both;
+};
+
+// dims[i] = -1: the norms of the slices of dimension 0, then those of dimension 1.
+inline Norms check_filter_norms(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims,
+                                double p, const Tensor& out) {
   STD_TORCH_CHECK(p == 1.0 || p == 2.0 || (std::isinf(p) && p > 0), "p must be 1, 2 or inf, got ", p);
   STD_TORCH_CHECK(dims.size() == weights.size(), "dims must have one entry for each of the ", weights.size(),
                   " weights, got ", dims.size());
-  std::vector<NormTensor> tensors;
+  check_vector({"out"}, out, ScalarType::Double, out.numel());
+  Norms norms;
+  double* to = static_cast<double*>(out.mutable_data_ptr());
   int64_t filters = 0;
   for (int64_t i = 0; i < size_of(weights); ++i) {
     const Name name{"weights", i};
     const Tensor& weight = weights[i];
     check_device(name, weight, {"out"}, out);
     const DType dtype = check_dtype(name, weight);
-    const DimSplit split = check_split(name, weight, {"dims", i}, dims[i]);
-    tensors.push_back({dtype, split, weight.const_data_ptr()});
-    filters += split.dim;
+    if (dims[i] == -1) {
+      STD_TORCH_CHECK(weight.dim() > 1, name, " must have 2 dimensions or more for dims[", i,
+                      "] = -1, got sizes ", show(weight.sizes()));
+      const PairSplit split = check_pair_split(name, weight);
+      norms.both.push_back(
+          {dtype, split, weight.const_data_ptr(), to + filters, to + filters + weight.size(0)});
+      filters += weight.size(0) + weight.size(1);
+    } else {
+      const DimSplit split = check_split(name, weight, {"dims", i}, dims[i]);
+      norms.one.push_back({dtype, split, weight.const_data_ptr()});
+      norms.outs.push_back(to + filters);
+      filters += split.dim;
+    }
   }
   check_vector({"out"}, out, ScalarType::Double, filters);
-  return tensors;
+  return norms;
 }
 
 // What is left of a tensor when `kept` slices of dimension `dim` stay: its dimensions in the same order in

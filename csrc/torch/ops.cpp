@@ -11,6 +11,7 @@
 #include "../cpu/flow.h"
 #include "checks.h"
 #include "filter_checks.h"
+#include "group_checks.h"
 
 namespace ffr {
 namespace {
@@ -62,9 +63,22 @@ void flow_backward_at_cpu(const std::vector<Tensor>& features, const Tensor& sig
 
 void filter_norms_cpu(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims, double p,
                       const Tensor& out) {
-  const std::vector<NormTensor> tensors = check_filter_norms(weights, dims, p, out);
-  filter_norms(tensors.data(), size_of(tensors), p, static_cast<double*>(out.mutable_data_ptr()),
-               torch_threads);
+  const Norms norms = check_filter_norms(weights, dims, p, out);
+  filter_norms(norms.one.data(), size_of(norms.one), p, norms.outs.data(), torch_threads);
+  row_column_norms(norms.both.data(), size_of(norms.both), p, torch_threads);
+}
+
+void add_scaled_cpu(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& rows, const std::vector<Tensor>& columns,
+                    const std::vector<double>& slopes, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(&grads, weights, rows, columns, &slopes, taus);
+  add_scaled(tensors.data(), size_of(tensors), torch_threads);
+}
+
+void shrink_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& rows,
+                const std::vector<Tensor>& columns, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(nullptr, weights, rows, columns, nullptr, taus);
+  shrink(tensors.data(), size_of(tensors), torch_threads);
 }
 
 // The first gather whose indices are out of range or not unique, or -1.
@@ -100,4 +114,6 @@ STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CPU, m) {
   m.impl("flow_backward_at", TORCH_BOX(&ffr::flow_backward_at_cpu));
   m.impl("filter_norms", TORCH_BOX(&ffr::filter_norms_cpu));
   m.impl("compact_filters", TORCH_BOX(&ffr::compact_filters_cpu));
+  m.impl("add_scaled_", TORCH_BOX(&ffr::add_scaled_cpu));
+  m.impl("shrink_", TORCH_BOX(&ffr::shrink_cpu));
 }

@@ -43,38 +43,45 @@ def filter_norms(
         ValueError: another p, a dtype that is not listed, a ``dim`` that a weight does not have.
     """
     tensors = tensor_list("weights", weights)
-    if isinstance(p, bool) or p not in (1, 2, math.inf):
-        raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
     dims = dims_of("dim", dim, tensors)
     for index, weight in enumerate(tensors):
         if weight.dtype not in NORM_DTYPES:
             raise ValueError(
                 f"weights[{index}]: expected dtype float16, bfloat16, float32 or float64, got {weight.dtype}"
             )
-    results: list[Tensor | None] = [None] * len(tensors)
+    return norms_along(tensors, p, dims, backend)
+
+
+def norms_along(tensors: list[Tensor], p: float, dims: list[int], backend: str) -> list[Tensor]:
+    """`filter_norms` of checked tensors and dimensions. A dimension of -1: the norms of the slices of dimension 0, and
+    behind them those of dimension 1, in one read.
+    """
+    if isinstance(p, bool) or p not in (1, 2, math.inf):
+        raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
+    results: dict[int, Tensor] = {}
     with torch.no_grad():
         for device in dict.fromkeys(w.device for w in tensors):
             members = [i for i, w in enumerate(tensors) if w.device == device]
             chosen = backends.resolve(backend, device.type)
             on_device, on_dims = [tensors[i] for i in members], [dims[i] for i in members]
-            for i, norms in zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True):
-                results[i] = norms
-    return [r for r in results if r is not None]
+            results.update(zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True))
+    return [results[i] for i in range(len(tensors))]
 
 
 def _norms(weights: list[Tensor], dims: list[int], p: float, backend: str) -> list[Tensor]:
     if backend == "reference":
         return [_reference_norms(w, d, p) for w, d in zip(weights, dims, strict=True)]
-    ready = dense(weights)
-    counts = [w.shape[d] for w, d in zip(weights, dims, strict=True)]
+    counts = [w.shape[d] if d >= 0 else w.shape[0] + w.shape[1] for w, d in zip(weights, dims, strict=True)]
     out = torch.empty(sum(counts), dtype=torch.float64, device=weights[0].device)
-    ops.kernel("filter_norms", backend)(ready, dims, p, out)
+    ops.kernel("filter_norms", backend)(dense(weights), dims, p, out)
     # One conversion for all: a network has hundreds of weights, and its biases are done in less time than one call.
     by_dtype = {dtype: out.to(dtype).split(counts) for dtype in {_result_dtype(w) for w in weights}}
     return [by_dtype[_result_dtype(w)][i] for i, w in enumerate(weights)]
 
 
 def _reference_norms(weight: Tensor, dim: int, p: float) -> Tensor:
+    if dim < 0:
+        return torch.cat([_reference_norms(weight, d, p) for d in (0, 1)])
     filters = weight.detach().movedim(dim, 0).double()
     rest = list(range(1, filters.dim()))
     if not rest:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .. import backends
-from ..pruning.norms import NORM_DTYPES, filter_norms, tensor_list
+from .. import backends, ops
+from ..pruning.norms import NORM_DTYPES, dense, norms_along, tensor_list
 
 __all__ = ["add_scaled_", "row_column_norms", "shrink_"]
 
@@ -51,10 +52,11 @@ def row_column_norms(
         tensor without dimensions.
     """
     weights = _weights("tensors", tensors)
-    rows = filter_norms(weights, p, 0, backend=backend)
-    wide = [w for w in weights if w.dim() > 1]
-    columns = iter(filter_norms(wide, p, 1, backend=backend))
-    return [(r, next(columns) if w.dim() > 1 else None) for r, w in zip(rows, weights, strict=True)]
+    found = norms_along(weights, p, [-1 if w.ndim > 1 else 0 for w in weights], backend)
+    return [
+        (norms, None) if w.ndim == 1 else (norms[: w.shape[0]], norms[w.shape[0] :])
+        for norms, w in zip(found, weights, strict=True)
+    ]
 
 
 def add_scaled_(
@@ -91,23 +93,20 @@ def add_scaled_(
     if len(targets) != len(sources):
         raise ValueError(f"grads: expected one for each of the {len(sources)} weights, got {len(targets)}")
     for index, (grad, weight) in enumerate(zip(targets, sources, strict=True)):
-        for what in ("shape", "dtype", "device"):
-            ours, theirs = getattr(grad, what), getattr(weight, what)
-            if ours != theirs:
-                show = tuple if what == "shape" else str
-                raise ValueError(
-                    f"grads[{index}]: expected the {what} of weights[{index}], {show(theirs)}, got {show(ours)}"
-                )
+        _check_like(f"grads[{index}]", grad, f"weights[{index}]", weight)
     _refuse_shared("grads", targets)
     scales = _scales(sources, rows, columns)
     slopes = _numbers("slope", slope, len(sources))
     taus = _numbers("tau", tau, len(sources), least=0.0)
-    _check_backend(sources, backend)
     with torch.no_grad():
-        for grad, weight, scale, s, t in zip(targets, sources, scales, slopes, taus, strict=True):
-            w = weight.detach().to(_compute_dtype(weight))
-            factor = scale.sum(w) + s * (w.abs() <= t)
-            grad.copy_(grad.detach().to(w.dtype) + w * factor)
+        for chosen, here in _by_device(sources, backend):
+            some_targets, some_sources = [targets[i] for i in here], [sources[i] for i in here]
+            some_scales = [scales[i] for i in here]
+            limits = [slopes[i] for i in here], [taus[i] for i in here]
+            if chosen == "reference":
+                _add_by_torch(some_targets, some_sources, some_scales, *limits)
+            else:
+                _add_fused(chosen, some_targets, some_sources, some_scales, *limits)
 
 
 def shrink_(
@@ -139,11 +138,13 @@ def shrink_(
     _refuse_shared("weights", targets)
     scales = _scales(targets, rows, columns)
     taus = _numbers("tau", tau, len(targets), least=0.0)
-    _check_backend(targets, backend)
     with torch.no_grad():
-        for weight, scale, t in zip(targets, scales, taus, strict=True):
-            w = weight.detach().to(_compute_dtype(weight)) * scale.product(weight)
-            weight.copy_(torch.where(w.abs() <= t, 0.0, w))
+        for chosen, here in _by_device(targets, backend):
+            some = [targets[i] for i in here], [scales[i] for i in here], [taus[i] for i in here]
+            if chosen == "reference":
+                _shrink_by_torch(*some)
+            else:
+                _shrink_fused(chosen, *some)
 
 
 class _Scale(NamedTuple):
@@ -152,26 +153,110 @@ class _Scale(NamedTuple):
     rows: Tensor | None
     columns: Tensor | None
 
-    def _present(self, weight: Tensor) -> Iterator[Tensor]:
-        """Each in the compute dtype, in a shape that goes with the weight's."""
-        for dim, factors in enumerate(self):
-            if factors is not None:
-                yield factors.detach().to(_compute_dtype(weight)).view(-1, *[1] * (weight.dim() - 1 - dim))
 
-    def sum(self, weight: Tensor) -> Tensor:
-        return sum(self._present(weight), weight.new_zeros((), dtype=_compute_dtype(weight)))
+# ------------------------------------------------------------------------------------------------------------
+# The kernels
+# ------------------------------------------------------------------------------------------------------------
 
-    def product(self, weight: Tensor) -> Tensor:
-        return math.prod(self._present(weight), start=weight.new_ones((), dtype=_compute_dtype(weight)))
+
+def _add_fused(
+    backend: str,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    scales: list[_Scale],
+    slopes: list[float],
+    taus: list[float],
+) -> None:
+    # The kernel wants grad and weight to lie alike, without gaps: what does not, goes by way of a copy.
+    written = dense(grads)
+    read = [
+        w if _lie_alike(w, g) else torch.empty_like(g).copy_(w) for w, g in zip(weights, written, strict=True)
+    ]
+    ops.kernel("add_scaled_", backend)(written, read, *_vectors(weights, scales), slopes, taus)
+    _bring_back(grads, written)
+
+
+def _shrink_fused(backend: str, weights: list[Tensor], scales: list[_Scale], taus: list[float]) -> None:
+    written = dense(weights)
+    ops.kernel("shrink_", backend)(written, *_vectors(weights, scales), taus)
+    _bring_back(weights, written)
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether element i of both lies at the same offset, `b` being dense."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _vectors(weights: list[Tensor], scales: list[_Scale]) -> tuple[list[Tensor], list[Tensor]]:
+    nothing = weights[0].new_empty(0)
+    rows, columns = (
+        [
+            nothing if factors is None else factors.detach().to(_compute_dtype(weight)).contiguous()
+            for factors, weight in zip(side, weights, strict=True)
+        ]
+        for side in zip(*scales, strict=True)
+    )
+    return rows, columns
+
+
+def _bring_back(tensors: list[Tensor], written: list[Tensor]) -> None:
+    """Into the tensors what was written into copies. The others were written behind autograd's back: it must know,
+    or a backward pass would take the new values for the saved ones.
+    """
+    direct = [t for t, w in zip(tensors, written, strict=True) if t is w]
+    increment_version(direct)
+    for tensor, copy in zip(tensors, written, strict=True):
+        if tensor is not copy:
+            tensor.copy_(copy)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# In plain torch
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _add_by_torch(
+    grads: list[Tensor], weights: list[Tensor], scales: list[_Scale], slopes: list[float], taus: list[float]
+) -> None:
+    for grad, weight, scale, slope, tau in zip(grads, weights, scales, slopes, taus, strict=True):
+        w = weight.detach().to(_compute_dtype(weight))
+        factor = sum(_shaped(weight, scale), w.new_zeros(())) + slope * (w.abs() <= tau).to(w.dtype)
+        grad.copy_(grad.detach().to(w.dtype) + w * factor)
+
+
+def _shrink_by_torch(weights: list[Tensor], scales: list[_Scale], taus: list[float]) -> None:
+    for weight, scale, tau in zip(weights, scales, taus, strict=True):
+        w = weight.detach().to(_compute_dtype(weight))
+        w = w * math.prod(_shaped(weight, scale), start=w.new_ones(()))
+        weight.copy_(torch.where(w.abs() <= tau, 0.0, w))
+
+
+def _shaped(weight: Tensor, scale: _Scale) -> Iterator[Tensor]:
+    """The factors that there are, in the compute dtype and in shapes that go with the weight's."""
+    for dim, factors in enumerate(scale):
+        if factors is not None:
+            yield factors.detach().to(_compute_dtype(weight)).view(-1, *[1] * (weight.dim() - 1 - dim))
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _check_backend(tensors: Sequence[Tensor], backend: str) -> None:
-    for device in dict.fromkeys(t.device for t in tensors):
-        backends.resolve(backend, device.type)
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _by_device(tensors: Sequence[Tensor], backend: str) -> list[tuple[str, list[int]]]:
+    """A concrete backend for the tensors of each device: all are found before anything is written."""
+    devices = list(dict.fromkeys(t.device for t in tensors))
+    chosen = [backends.resolve(backend, device.type) for device in devices]
+    if len(devices) == 1:
+        return [(chosen[0], list(range(len(tensors))))]
+    return [
+        (name, [i for i, t in enumerate(tensors) if t.device == device])
+        for name, device in zip(chosen, devices, strict=True)
+    ]
 
 
 def _weights(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -181,9 +266,19 @@ def _weights(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
             raise ValueError(
                 f"{name}[{index}]: expected dtype float16, bfloat16, float32 or float64, got {weight.dtype}"
             )
-        if weight.dim() == 0:
+        if weight.ndim == 0:
             raise ValueError(f"{name}[{index}]: expected at least one dimension, got a tensor without any")
     return weights
+
+
+def _check_like(name: str, grad: Tensor, weight_name: str, weight: Tensor) -> None:
+    for what, got, expected in (
+        ("shape", tuple(grad.shape), tuple(weight.shape)),
+        ("dtype", grad.dtype, weight.dtype),
+        ("device", grad.device, weight.device),
+    ):
+        if got != expected:
+            raise ValueError(f"{name}: expected the {what} of {weight_name}, {expected}, got {got}")
 
 
 def _refuse_shared(name: str, tensors: Sequence[Tensor]) -> None:
@@ -191,18 +286,13 @@ def _refuse_shared(name: str, tensors: Sequence[Tensor]) -> None:
     first: dict[int, int] = {}
     for index, tensor in enumerate(tensors):
         if tensor.numel() and first.setdefault(tensor.data_ptr(), index) != index:
-            raise ValueError(
-                f"{name}[{index}]: expected memory of its own, got that of {name}[{first[tensor.data_ptr()]}]"
-            )
+            other = first[tensor.data_ptr()]
+            raise ValueError(f"{name}[{index}]: expected memory of its own, got that of {name}[{other}]")
 
 
 def _scales(weights: Sequence[Tensor], rows: Factors, columns: Factors) -> list[_Scale]:
-    return [
-        _Scale(*pair)
-        for pair in zip(
-            _factors("rows", rows, weights, 0), _factors("columns", columns, weights, 1), strict=True
-        )
-    ]
+    sides = _factors("rows", rows, weights, 0), _factors("columns", columns, weights, 1)
+    return [_Scale(*pair) for pair in zip(*sides, strict=True)]
 
 
 def _factors(name: str, factors: Factors, weights: Sequence[Tensor], dim: int) -> list[Tensor | None]:
@@ -223,11 +313,11 @@ def _factors(name: str, factors: Factors, weights: Sequence[Tensor], dim: int) -
 def _check_factor(name: str, factor: Tensor, weight: Tensor, dim: int) -> None:
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(factor).__name__}")
-    if weight.dim() <= dim:
+    if weight.ndim <= dim:
         raise ValueError(
             f"{name}: expected None, since a weight of shape {tuple(weight.shape)} has no columns"
         )
-    if tuple(factor.shape) != (weight.shape[dim],):
+    if factor.ndim != 1 or factor.shape[0] != weight.shape[dim]:
         raise ValueError(f"{name}: expected shape ({weight.shape[dim]},), got {tuple(factor.shape)}")
     if not factor.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point dtype, got {factor.dtype}")

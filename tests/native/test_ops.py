@@ -162,6 +162,23 @@ def test_opcheck_of_the_pruning_kernels() -> None:
     torch.library.opcheck(compact, (weights, keep, dims))
 
 
+def test_opcheck_of_the_group_kernels() -> None:
+    _native()
+    weights = list(WEIGHTS.values())
+    double = [torch.float64 if w.dtype == torch.float64 else torch.float32 for w in weights]
+    rows = [torch.randn(w.shape[0], dtype=d) for w, d in zip(weights, double, strict=True)]
+    columns = [
+        torch.randn(w.shape[1] if w.dim() > 1 else 0, dtype=d) for w, d in zip(weights, double, strict=True)
+    ]
+    taus = [0.1] * len(weights)
+    grads = [torch.randn_like(w) for w in weights]
+    torch.library.opcheck(ops.kernel("add_scaled_", "cpu"), (grads, weights, rows, columns, taus, taus))
+    torch.library.opcheck(ops.kernel("shrink_", "cpu"), (weights, rows, columns, taus))
+    wide = [w for w in weights if w.dim() > 1]
+    out = torch.empty(sum(w.shape[0] + w.shape[1] for w in wide), dtype=torch.float64)
+    torch.library.opcheck(ops.kernel("filter_norms", "cpu"), (wide, [-1] * len(wide), 2.0, out))
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_new_tensors_lie_as_those_that_python_makes(name: str, kept: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_models import Residual, fingerprint
+from pruning_models import Residual, fingerprint, settled
 from pruning_nets import Net
 from torch import nn
 
@@ -17,18 +17,6 @@ from ffr_ext.pruning import channel_groups, prune_to
 from ffr_ext.pruning.measure import count_flops, count_parameters
 
 IMAGE = torch.randn(2, 3, 8, 8)
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """Norms with statistics and scales of their own, in eval mode."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-    return model.eval()
 
 
 def chain() -> nn.Module:
