@@ -110,7 +110,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("block", [StoredSplit, StoredView])
+@pytest.mark.parametrize("block", [StoredSplit, StoredWidth, StoredView])
 @pytest.mark.parametrize("depth", [1, 12])
 def test_stored_sizes_of_any_number_of_blocks_take_as_many_copies(
     block: type[nn.Module], depth: int, counted: dict[str, int]
@@ -125,18 +125,6 @@ def test_stored_sizes_of_any_number_of_blocks_take_as_many_copies(
     assert "the forward code depends on its size" in result.report.explain()
     assert counted["trace"] == 1
     assert counted["cut"] <= 7
-    assert counted["halves"] == 0
-
-
-@pytest.mark.parametrize("depth", [1, 12])
-def test_parts_that_cannot_stay_equal_are_kept_without_a_trial(depth: int, counted: dict[str, int]) -> None:
-    model = stack(*[StoredWidth(16) for _ in range(depth)], Followed(16))
-    result = compact(model, torch.randn(X), measure=False)
-    assert result.model[-2].expand.out_channels == 12
-    assert all(result.model[i].expand.out_channels == 16 for i in range(1, depth + 1))
-    assert result.report.notes == []
-    assert "kept because split in 1 needs parts of one size" in result.report.explain()
-    assert counted["trace"] == 1
     assert counted["halves"] == 0
 
 
