@@ -114,7 +114,7 @@ def check_dense_weights(model: nn.Module, caller: str) -> None:
         weight = getattr(module, "weight", None)
         packed = isinstance(weight, nn.Parameter) and not (weight.is_floating_point() or weight.is_complex())
         quantised = any(".quantized." in f"{c.__module__}." for c in type(module).__mro__)
-        if quantised or (packed and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))):
+        if quantised or (packed and isinstance(module, _LAYERS)):
             kind = type(module)
             raise ValueError(
                 f"{caller}: model: {path or 'it'} is quantised ({kind.__module__}.{kind.__name__}): {_FIRST}"
@@ -131,6 +131,10 @@ def check_no_fake_quantisation(model: nn.Module, caller: str) -> None:
             )
 
 
+_LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _FIRST = "compact before you quantise, shard or otherwise wrap the weights, and do that to the result"
 
 
