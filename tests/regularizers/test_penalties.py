@@ -407,7 +407,7 @@ def train_with_copies(model: nn.Module, steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(X.float()), Y).backward()
+        F.cross_entropy(model(X.to(layers[0].weight.dtype)), Y).backward()
         for layer, copied in zip(layers, copies, strict=True):
             layer.weight.grad.add_(beta * (layer.weight.detach() - copied))
         optimizer.step()
@@ -415,8 +415,10 @@ def train_with_copies(model: nn.Module, steps: int) -> None:
             copied.copy_(torch.where(layer.weight.detach().abs() <= threshold, 0.0, layer.weight.detach()))
 
 
-def test_the_capped_ridge_is_the_split_of_the_published_code_bit_for_bit() -> None:
-    model = lenet().float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_capped_ridge_is_the_split_of_the_published_code_bit_for_bit(dtype: torch.dtype) -> None:
+    model = lenet().to(dtype)
+    x = X.to(dtype)
     published, ours, by_loss = (copy.deepcopy(model) for _ in range(3))
     train_with_copies(published, 100)
     for trained, in_place in ((ours, True), (by_loss, False)):
@@ -425,7 +427,7 @@ def test_the_capped_ridge_is_the_split_of_the_published_code_bit_for_bit() -> No
         optimizer = torch.optim.Adam(trained.parameters(), lr=3e-3)
         for _ in range(100):
             optimizer.zero_grad()
-            loss = F.cross_entropy(trained(X.float()), Y)
+            loss = F.cross_entropy(trained(x), Y)
             (loss if in_place else loss + lasso.loss()).backward()
             if in_place:
                 lasso.add_gradients_()
