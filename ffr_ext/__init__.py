@@ -8,7 +8,8 @@ Importing this package touches no device and does not import triton.
 
 from __future__ import annotations
 
-from ._version import __version__
+__version__ = "0.1.0.dev0"
+
 from .env import show_config
 from .flow import FeatureFlow
 from .functional import FFRLoss, FlowTerms, ffr_loss, flow_terms
