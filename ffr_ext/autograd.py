@@ -191,7 +191,9 @@ def _flow_gradients(
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
     (squared, leading, backend), lengths, numels, groups = spec
-    made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
+    made: Sequence[Layout] = layouts
+    if not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
+        made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
     arguments = (
         spec.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
@@ -222,6 +224,8 @@ def _flow_gradients(
         grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
     if padding is not None:
         grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
+    if made is layouts:
+        return tuple(grads)
     asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
     # A list, not a generator, as in `align`.
     return tuple([with_layout(grad, layout) for grad, layout in zip(grads, asked, strict=True)])

@@ -145,6 +145,7 @@ class FFRLoss(nn.Module):
         self.options = FlowOptions(**options)
 
     def forward(self, features: Iterable[Tensor], mask: Tensor | None = None) -> Tensor:
+        """``ffr_loss(features, mask=mask, ...)``."""
         loss, _terms = penalty(features, self.options, self.gradient, self.curvature, mask=mask)
         return loss
 
