@@ -112,8 +112,8 @@ class GroupPenalty(BaseRegularizer):
         shares = torch.where(norms == 0, 0.0, shares)
         sizes = self._step_sizes([tensors[name] for name in trained])
         parts = self._slices.local(trained)
-        keeps = [(1 - size * shares).clamp(min=0) for size in sizes]  # NaN stays
-        rows, columns = self._lay_out(trained, parts, keeps, 1.0)
+        keeps = {size: (1 - size * shares).clamp(min=0) for size in set(sizes)}  # NaN stays
+        rows, columns = self._lay_out(trained, parts, [keeps[size] for size in sizes], 1.0)
         shrink_([part.tensor for part in parts], rows, columns)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -130,10 +130,10 @@ class GroupPenalty(BaseRegularizer):
     def norms(self) -> Tensor:
         """||W_g|| of every group, in float64."""
         parts = dict(zip(self._names, self._slices.local(self._names), strict=True))
-        return self._slices.sums(
-            list(self._axes.values()),
-            [parts[name] for name, _ in self._axes],
-            [self._squares(parts)[key] for key in self._axes],
+        norms = self._norms_of_slices(parts)
+        of_axes = [parts[name] for name, _ in self._axes]
+        return self._slices.sums_of_squares(
+            list(self._axes.values()), of_axes, [norms[key] for key in self._axes]
         ).sqrt()
 
     # ---------------------------------------------------------------------------------------------------
@@ -156,16 +156,16 @@ class GroupPenalty(BaseRegularizer):
 
     # ---------------------------------------------------------------------------------------------------
 
-    def _squares(self, parts: Mapping[str, Local]) -> dict[tuple[str, int], Tensor]:
-        """Squared norms of the slices of each axis; a tensor with both kinds is read once."""
+    def _norms_of_slices(self, parts: Mapping[str, Local]) -> dict[tuple[str, int], Tensor]:
+        """Norms of the slices of each axis; a tensor with rows and columns is read once."""
         both = [n for n in self._names if (n, 0) in self._axes and (n, 1) in self._axes]
-        single = [key for key in self._axes if key[0] not in both]
+        single = [key for key in self._axes if key[0] not in set(both)]
         found: dict[tuple[str, int], Tensor] = {}
         for name, pair in zip(both, row_column_norms([parts[n].tensor for n in both]), strict=True):
             found.update({(name, dim): norm for dim, norm in enumerate(pair) if norm is not None})
         norms = filter_norms([parts[name].tensor for name, _ in single], 2, [dim for _, dim in single])
         found.update(zip(single, norms, strict=True))
-        return {key: norm.double().square() for key, norm in found.items()}
+        return found
 
     def _gradient_factors(self) -> Tensor:
         """weight * strength / ||W_g|| of each group, 0 where the norm is: what a weight of it is multiplied by."""
@@ -188,16 +188,19 @@ class GroupPenalty(BaseRegularizer):
         self, names: Sequence[str], parts: Sequence[Local], vectors: Sequence[Tensor], outside: float
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For each tensor its vector over the groups, along its rows and along its columns."""
-
-        def along(dim: int) -> list[Tensor | None]:
-            return [
-                self._slices.spread(self._axes[name, dim], part, vector, outside)
-                if (name, dim) in self._axes
-                else None
-                for name, part, vector in zip(names, parts, vectors, strict=True)
+        found: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * len(names), [None] * len(names))
+        for vector in {id(v): v for v in vectors}.values():
+            wanted = [
+                (i, dim)
+                for i, name in enumerate(names)
+                for dim in (0, 1)
+                if vectors[i] is vector and (name, dim) in self._axes
             ]
-
-        return along(0), along(1)
+            axes = [self._axes[names[i], dim] for i, dim in wanted]
+            laid = self._slices.spread(axes, [parts[i] for i, _ in wanted], vector, outside)
+            for (i, dim), entries in zip(wanted, laid, strict=True):
+                found[dim][i] = entries
+        return found
 
     def _values(self) -> Tensor:
         """weight * strength * ||W_g|| of each group."""

@@ -187,7 +187,7 @@ class _Channels:
         for (axis, where), part in zip(self.axes, self.groups.local(names), strict=True):
             vector = torch.ones(len(weak), dtype=part.tensor.dtype, device="cpu")
             vector[weak & where] = alpha
-            factor = self.groups.spread(axis, part, vector, 1.0)
+            factor = self.groups.spread([axis], [part], vector, 1.0)[0]
             shape = [1] * part.tensor.dim()
             shape[axis.dim] = factor.numel()
             found.append((tensors[axis.name], factor.view(shape)))

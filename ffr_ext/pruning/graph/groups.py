@@ -123,7 +123,7 @@ class ChannelGroups(Slices):
         axes = self.weight_axes(include_norm, separated)
         local = self.local([axis.name for axis in axes])
         norms = filter_norms([part.tensor for part in local], 2, [axis.dim for axis in axes])
-        total = self.sums(axes, local, [norm.double().square() for norm in norms])
+        total = self.sums_of_squares(axes, local, norms)
         return total.to(
             torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
         )

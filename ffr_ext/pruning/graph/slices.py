@@ -76,26 +76,40 @@ class Slices:
         tensors = self.tensors(dict.fromkeys(names))
         return local_parts(tensors[name] for name in names)
 
-    def sums(self, axes: Sequence[Axis], parts: Sequence[Local], values: Sequence[Tensor]) -> Tensor:
-        """(groups,): values of the slices of each axis added up for each group and, where a tensor is sharded, over
-        all ranks. In the dtype of the values."""
+    def sums_of_squares(
+        self, axes: Sequence[Axis], parts: Sequence[Local], values: Sequence[Tensor]
+    ) -> Tensor:
+        """(groups,) in float64: the squares of one value for each slice of each axis (its norm), added up for each
+        group and, where a tensor is sharded, over all ranks."""
         if not parts:
             return torch.zeros(len(self), dtype=torch.float64, device="cpu")
         device = parts[0].tensor.device
         whole = [_whole(v, axis, part).to(device) for v, axis, part in zip(values, axes, parts, strict=True)]
-        key = (device, *((axis.name, axis.dim) for axis in axes))
+        key = (device, *_keys(axes))
         if key not in self._sums:
             self._sums[key] = GroupSums([axis.groups for axis in axes], len(self), device)
-        return sum_over_ranks(self._sums[key](whole), parts)
+        return sum_over_ranks(self._sums[key](torch.cat(whole).double().square()), parts)
 
-    def spread(self, axis: Axis, part: Local, vector: Tensor, outside: float) -> Tensor:
-        """For each slice of the axis in this rank's part the entry of its group, `outside` for slices in none."""
-        key = (axis.name, axis.dim, part.tensor.device)
-        if key not in self._indices:
-            self._indices[key] = axis.groups.to(part.tensor.device)
-        padded = torch.cat([vector, vector.new_full((1,), outside)]).to(part.tensor.device)
-        entries = padded[self._indices[key]]  # -1 is the last
-        return entries.narrow(0, part.first_row, part.tensor.shape[0]) if axis.dim == 0 else entries
+    def spread(
+        self, axes: Sequence[Axis], parts: Sequence[Local], vector: Tensor, outside: float
+    ) -> list[Tensor]:
+        """For each axis a vector with, for each slice in this rank's part, the entry of its group; `outside` for slices
+        in none. One gather for the axes of a device."""
+        results: list[Tensor | None] = [None] * len(axes)
+        for device in dict.fromkeys(part.tensor.device for part in parts):
+            here = [i for i, part in enumerate(parts) if part.tensor.device == device]
+            key = (device, *_keys([axes[i] for i in here]))
+            if key not in self._indices:
+                self._indices[key] = torch.cat([axes[i].groups for i in here]).to(device)
+            padded = torch.cat(
+                [vector.to(device), vector.new_full((1,), outside, device=device)]
+            )  # -1: the last
+            for i, entries in zip(
+                here, padded[self._indices[key]].split([axes[i].groups.numel() for i in here]), strict=True
+            ):
+                rows = parts[i].first_row, parts[i].tensor.shape[0]
+                results[i] = entries.narrow(0, *rows) if axes[i].dim == 0 else entries
+        return [r for r in results if r is not None]
 
 
 class GroupSums:
@@ -115,12 +129,15 @@ class GroupSums:
             where = by_group[starts[members][:, None] + torch.arange(size)]
             self.parts.append((members.to(device), where.to(device)))
 
-    def __call__(self, values: list[Tensor]) -> Tensor:
-        flat = torch.cat(values)
+    def __call__(self, flat: Tensor) -> Tensor:
         total = flat.new_zeros(self.count)
         for members, where in self.parts:
             total[members] = flat[where].sum(1)
         return total
+
+
+def _keys(axes: Iterable[Axis]) -> list[tuple[str, int]]:
+    return [(axis.name, axis.dim) for axis in axes]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -41,10 +41,10 @@ def channel_strength(groups: ChannelGroups) -> Tensor:
         parts = groups.local([axis.name for axis in axes])
         gammas = filter_norms([part.tensor for part in parts], 2, 0)
         values = [
-            gamma.double().square() * _variance_share(groups.owner(axis.name), part, gamma)
+            gamma.double() * _deviation_share(groups.owner(axis.name), part, gamma)
             for gamma, axis, part in zip(gammas, axes, parts, strict=True)
         ]
-        scales = groups.sums(axes, parts, values).cpu()
+        scales = groups.sums_of_squares(axes, parts, values).cpu()
         energies = torch.where(behind, scales, energies)
     if not bool(energies.isfinite().all()):
         group = int((~energies.isfinite()).nonzero()[0])
@@ -63,13 +63,13 @@ def scale_axes(groups: ChannelGroups) -> tuple[list[Axis], Tensor]:
     return axes, behind
 
 
-def _variance_share(norm: Any, part: Local, gamma: Tensor) -> Tensor | float:
-    """var / (var + eps) of a batch norm on this rank's rows; 1 for norms without running statistics."""
+def _deviation_share(norm: Any, part: Local, gamma: Tensor) -> Tensor | float:
+    """sqrt(var / (var + eps)) of a batch norm on this rank's rows; 1 for norms without running statistics."""
     variance = getattr(norm, "running_var", None)
     if variance is None:
         return 1.0
     own = variance.detach().double().narrow(0, part.first_row, gamma.numel())
-    share: Tensor = own / (own + norm.eps)
+    share: Tensor = (own / (own + norm.eps)).sqrt()
     return share
 
 
