@@ -129,9 +129,8 @@ class Analysis:
         self.sized: list[
             tuple[str, str, Tensor]
         ] = []  # (module, attribute, labels it counts) with no tensor to tell
-        self.divided: list[
-            tuple[str, Tensor]
-        ] = []  # (module, labels of the heads that it divides channels into)
+        # (module, labels of what its forward divides channels into): of all heads, or of the parts of a split
+        self.divided: list[tuple[str, list[Tensor]]] = []
         self.out_axes: dict[str, int] = {}  # weight -> the dimension of its filters
         self.filters_of_computed: list[Tensor] = []  # labels of the filters of weights that are no parameters
         self._roots: dict[Node, Node] = {}

@@ -62,7 +62,9 @@ def apply_cuts(model: nn.Module, plan: Changes, optimizer: torch.optim.Optimizer
     for path, values in plan.attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
-            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+            if isinstance(value, list):
+                value = list(value) if isinstance(getattr(module, attribute), list) else tuple(value)
+            setattr(module, attribute, value)
     carried.commit(new, {n: (p, tensors[names[weight_of(n)]]) for n, p in added.items()})
 
 

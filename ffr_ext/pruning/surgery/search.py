@@ -17,6 +17,7 @@ from ..graph.branches import dead_branches
 from ..graph.solver import Options, Solver
 from ..graph.trace import trace
 from ..verify import Check, Mismatch, unreached_parameters
+from .attributes import Sizes
 from .compose import compose, may_continue, removed_by
 from .make_plan import make_plan
 from .plan import CompactionPlan, source_shapes
@@ -59,6 +60,7 @@ class Search:
         self.source = source_shapes(model)
         self.notes: list[str] = []
         self.replaced: Mapping[str, str] = {}  # dead branches
+        self.alone: set[str] = set()  # modules of the user's whose numbers do not follow
         self.needed: set[tuple[str, int]] = (
             set()
         )  # dimensions of tensors that the forward code needs as they are
@@ -84,6 +86,13 @@ class Search:
                 break  # no trace of the smaller model, or no single plan: what is found so far holds
             removed = removed_by(found.solver, plan)
             found = replace(found, candidate=candidate, plan=plan, error=error, removed=removed)
+        stale = Sizes(found.solver, found.removed, found.plan.cuts, self.source).stale(self.alone)
+        if stale:
+            more = f" and {len(stale) - 6} more" if len(stale) > 6 else ""
+            self.notes.append(
+                f"{', '.join(stale[:6])}{more} may be stale: numbers that modules of the model keep, equal to a size that "
+                "was cut"
+            )
         return found
 
     def _round(self, strict: bool) -> Found:
@@ -162,6 +171,8 @@ class Search:
             try:
                 return _Removal(removed, plan, candidate, confirm(candidate))
             except Mismatch as mismatch:
+                if (unled := self._without_following(solver, removed, confirm)) is not None:
+                    return unled
                 if not bool(removed.any()):
                     raise ValueError(
                         f"compact: an exact copy of {type(self.model).__name__} does not give its outputs a second "
@@ -177,6 +188,34 @@ class Search:
             for family, problem in needed.items():
                 self.notes.append(_cannot_leave(solver, family, problem))
                 forbidden |= solver.family == family
+
+    def _without_following(
+        self,
+        solver: Solver,
+        removed: Tensor,
+        confirm: Callable[[nn.Module], float],
+    ) -> _Removal | None:
+        """The same removal, if it holds where some numbers that modules keep stay as they are."""
+        sizes = Sizes(
+            solver, removed, make_plan(solver, removed, self.source, self.replaced).cuts, self.source
+        )
+        paths = sorted(set(sizes.followed()) - self.alone)
+        confirmed: list[_Removal] = []
+
+        def holds(known: list[str], more: list[str]) -> bool:
+            alone = self.alone | (set(paths) - {*known, *more})
+            plan = make_plan(solver, removed, self.source, self.replaced, alone)
+            candidate = self._cut(plan)
+            try:
+                confirmed[:] = [_Removal(removed, plan, candidate, confirm(candidate))]
+            except Mismatch:
+                return False
+            return True
+
+        if not paths or not holds([], []):
+            return None
+        self.alone |= set(paths) - set(_confirmed(paths, holds))
+        return confirmed[0]
 
     def _needed(
         self, solver: Solver, forbidden: Tensor, rehearsal: Rehearsal, incidents: list[Incident]
@@ -204,7 +243,7 @@ class Search:
 
     def _candidate(self, solver: Solver, stays: Tensor) -> tuple[Tensor, CompactionPlan, nn.Module]:
         removed = solver.solve(stays)
-        plan = make_plan(solver, removed, self.source, self.replaced)
+        plan = make_plan(solver, removed, self.source, self.replaced, self.alone)
         return removed, plan, self._cut(plan)
 
     def _largest_by_halves(

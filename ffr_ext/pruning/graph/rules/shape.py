@@ -101,7 +101,7 @@ def _divided(analysis: Analysis, node: Node, within: Tensor) -> list[Labels]:
     heads = within.movedim(-2, 0).flatten(1)
     for other in range(1, heads.shape[1]):
         analysis.sets.unify(heads[:, 0], heads[:, other])
-    analysis.divided.append((module_path(node), heads[:, 0]))
+    analysis.divided.append((module_path(node), [heads[:, 0]]))
     return [heads[:, 0] if d == within.dim() - 2 else None for d in range(within.dim())]
 
 
@@ -245,17 +245,41 @@ def _join(analysis: Analysis, node: Node, flows: list[Flow], dim: int, shape: tu
 def _split(analysis: Analysis, node: Node, bound: dict[str, Any]) -> list[Flow] | None:
     flow: Flow = bound["self"]
     dim = bound["dim"] % flow.rank
-    return parts_of(analysis, node, flow, dim, [v.shape[dim] for v in node.meta["val"]])
+    return parts_of(
+        analysis, node, flow, dim, [v.shape[dim] for v in node.meta["val"]], _split_list(node, bound)
+    )
 
 
-def parts_of(analysis: Analysis, node: Node, flow: Flow, dim: int, sizes: list[int]) -> list[Flow]:
-    """The flow cut into consecutive parts. Equal parts stay equal: as many channels leave each."""
+def _split_list(node: Node, bound: dict[str, Any]) -> list[int] | None:
+    """The sizes of a split that were given one by one."""
+    sizes = bound.get("split_sizes") or bound.get("split_size")
+    return list(sizes) if isinstance(sizes, list | tuple) else None
+
+
+def _kept_by_module(analysis: Analysis, node: Node, sizes: list[int]) -> str | None:
+    """ "list" where the module keeps the sizes of a split as one attribute, "numbers" where each is one of its own."""
+    module = analysis.graph.modules.get(module_path(node))
+    values = [] if module is None else list(vars(module).values())
+    if any(isinstance(v, list | tuple) and list(v) == sizes for v in values):
+        return "list"
+    return "numbers" if set(sizes) <= {v for v in values if type(v) is int} else None
+
+
+def parts_of(
+    analysis: Analysis, node: Node, flow: Flow, dim: int, sizes: list[int], given: list[int] | None = None
+) -> list[Flow]:
+    """The flow cut into consecutive parts. Equal parts stay equal: as many channels leave each. Where the module
+    keeps the sizes `given` to the split, they follow, and as many as can leave each part."""
     dim %= flow.rank
     vector = flow.labels[dim]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     if vector is not None and len(sizes) > 1:
-        if len(set(sizes)) == 1:
-            parts = [vector[e - s : e] for e, s in zip(ends, sizes, strict=True)]
+        parts = [vector[e - s : e] for e, s in zip(ends, sizes, strict=True)]
+        kept = None if given is None else _kept_by_module(analysis, node, given)
+        analysis.divided.append((module_path(node), parts))
+        if kept == "list" or (kept == "numbers" and len(set(sizes)) == len(sizes)):
+            analysis.sets.claim(vector)
+        elif len(set(sizes)) == 1:
             analysis.constraints.append(Constraint("equal", where(node), parts))
         else:
             analysis.pin(flow, f"split into unequal parts by {where(node)}", [dim])
