@@ -26,7 +26,7 @@ def split_stages(features: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def pool_to(feature: Tensor, shape: torch.Size) -> Tensor:
-    """`feature` (B, C, *spatial) in the shape of the next stage: average pooling, then zero-padding of channels.
+    """`feature` (B, C, ...) in the shape of the next stage: average pooling, then zero-padding of channels.
 
     The parameter-free shortcut of ResNet (option A), with the average instead of the strided sample. Equivalent to
     `F.pad(F.avg_pool2d(x, ratio), (0, 0, 0, 0, 0, C_new - C))` for images; any number of spatial dimensions works.
@@ -91,9 +91,9 @@ def safe_sqrt(squared: Tensor) -> Tensor:
 
 
 def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:
-    """Angle in radians between two vectors, from |before|^2, |after|^2 and |after - before|^2.
+    """Angle in radians between two vectors, from ``|before|^2``, ``|after|^2`` and ``|after - before|^2``.
 
-    1 - cos = (bend - (|before| - |after|)^2) / (2 |before| |after|) keeps its digits at small angles, where the
+    ``1 - cos = (bend - (|before| - |after|)^2) / (2 |before| |after|)`` keeps its digits at small angles, where the
     cosine itself is 1 to working precision. 0 with zero gradient where a vector is zero or both are (anti)parallel;
     NaN where one is not finite.
     """

@@ -267,7 +267,7 @@ def select_features(
         classes: Their number, or their names; default: the width of the logits.
         mu: The bound; a sequence gives one selection for each, from the same pass.
         targets: "labels", or "predictions": what the model itself says.
-        positive: w >= 0. False bounds sum |w|.
+        positive: w >= 0. False bounds ``sum |w|``.
         skip_constant: Leave out channels that are one constant on all images, such as dead filters whose norm still
             adds beta: they change the shares of their layer. With it a model and its compacted twin have the same
             selection.

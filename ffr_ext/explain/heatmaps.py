@@ -70,7 +70,7 @@ def explain(
 
     For class c (``target``, or what the model says) and feature vector v (`select_features`) the responses are
     r = v / ||v||_2 * w_c / sum(w_c). From each of the largest positive ones, the channel's own map goes back to the
-    image under `backward_rule`; its heat is the largest |signal| over the colours (our choice), divided by the largest
+    image under `backward_rule`; its heat is the largest magnitude over the colours (our choice), divided by the largest
     of the image (Oramas et al. 2019). All images share one forward, and one backward for each rank.
 
     Args:
