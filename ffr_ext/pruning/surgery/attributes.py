@@ -95,15 +95,22 @@ class Sizes:
 
     def _look_at_tensors(self) -> None:
         for (name, dim), channels in self.solver.axes.items():
-            if not bool(self.solver.sets.pinned[channels].all()) or self.solver.analysis.out_axes.get(name) == dim:
+            if (
+                not bool(self.solver.sets.pinned[channels].all())
+                or self.solver.analysis.out_axes.get(name) == dim
+            ):
                 owner = name.rpartition(".")[0]
-                self._evidence[owner][channels.numel()].add(channels.numel() - int(self.removed[channels].sum()))
+                self._evidence[owner][channels.numel()].add(
+                    channels.numel() - int(self.removed[channels].sum())
+                )
 
     def _groups(self) -> dict[str, int]:
         groups: dict[str, int] = {}
         for constraint, parts, inputs in self.solver.parts:
             if constraint.module is not None:
-                together = [torch.cat([p, i]) for p, i in zip(parts, inputs, strict=True)] if inputs else parts
+                together = (
+                    [torch.cat([p, i]) for p, i in zip(parts, inputs, strict=True)] if inputs else parts
+                )
                 groups[constraint.module] = sum(not bool(self.removed[c].all()) for c in together)
         return groups
 
@@ -120,7 +127,8 @@ class Sizes:
 
     def _own(self) -> list[tuple[str, str, Any]]:
         """(path, attribute, value) of whole numbers and lists of them that modules keep."""
-        found, seen = [], set()
+        found: list[tuple[str, str, Any]] = []
+        seen: set[int] = set()
         for path, module in self.graph.modules.items():
             if id(module) in seen or type(module).__module__.startswith("torch."):
                 continue
@@ -136,12 +144,12 @@ class Sizes:
         """The value after the cut, None where it cannot be told."""
         analysis = self.solver.analysis
         if isinstance(value, list):
-            after = {
+            lists = {
                 tuple(self._left(p) for p in parts)
                 for owner, parts in analysis.divided
                 if owner == path and [p.numel() for p in parts] == value
             }
-            return list(after.pop()) if len(after) == 1 else None
+            return list(lists.pop()) if len(lists) == 1 else None
         counts = {
             self._left(part)
             for owner, parts in analysis.divided
@@ -149,7 +157,11 @@ class Sizes:
             for part in parts
             if part.numel() == value
         }
-        heads = {self._left(p[0]) for owner, p in analysis.divided if owner == path and len(p) == 1 and p[0].numel() == value}
+        heads = {
+            self._left(p[0])
+            for owner, p in analysis.divided
+            if owner == path and len(p) == 1 and p[0].numel() == value
+        }
         if "dim" in attribute and heads:
             counts -= heads  # heads are counted, and how wide they are is another number
         after = counts or self._after(path, value)

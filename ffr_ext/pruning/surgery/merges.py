@@ -96,7 +96,9 @@ def check_merges(name: str, shape: Sequence[int], merges: Sequence[Merge]) -> No
             or set(merge.source) & set(merge.onto)
             or (rows and (merge.dim == 0 or min(rows) < 0 or max(rows) >= shape[0]))
         ):
-            raise CutError(f"damaged compaction plan: the merges of {name} do not fit its shape {tuple(shape)}")
+            raise CutError(
+                f"damaged compaction plan: the merges of {name} do not fit its shape {tuple(shape)}"
+            )
 
 
 def compose_merges(
@@ -126,4 +128,6 @@ def _in_source(merge: Merge, cuts: Mapping[int, Cut], between: Sequence[int]) ->
     else:
         group = 0 if merge.rows is None else merge.rows[0] // (between[0] // len(cut.groups))
         keep = list(cut.groups[group])
-    return Merge(merge.dim, [keep[i] for i in merge.source], [keep[i] for i in merge.onto], merge.factor, rows)
+    return Merge(
+        merge.dim, [keep[i] for i in merge.source], [keep[i] for i in merge.onto], merge.factor, rows
+    )

@@ -13,7 +13,6 @@ from ...models import all_tensors, canonical_names
 from .cuts import Changes, Cut, cut_tensors, weight_of
 from .merges import Merge, merged
 
-
 # Averages of the parameter itself, which are merged as it is. All other states are statistics of its gradient: that of
 # a merged weight is its own as before, because W' = W_j + sum_i (v_i / v_j) W_i has the gradient of W_j.
 _AVERAGES = {"ax"}  # of ASGD

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_nets import DEAD, IMAGE, TOKENS, Case, Net, check_case, conv, kill, linear
+from pruning_nets import DEAD, IMAGE, TOKENS, Case, Net, check_case, conv, linear
 from torch import Tensor, nn
 
 from ffr_ext import compact
@@ -45,7 +45,9 @@ def cell(make: Any) -> Case:
 
 
 def all_norms(h: Tensor) -> Tensor:
-    return h.norm(dim=-1) + h.norm(p=1, dim=-1) + torch.linalg.norm(h, dim=-1) + h.norm(p=float("inf"), dim=-1)
+    return (
+        h.norm(dim=-1) + h.norm(p=1, dim=-1) + torch.linalg.norm(h, dim=-1) + h.norm(p=float("inf"), dim=-1)
+    )
 
 
 def _first(state: Any) -> Tensor:
@@ -63,7 +65,9 @@ def einsum(equation: str, shape: tuple[int, ...], first: bool = False) -> Case:
         net.w = nn.Parameter(torch.randn(shape))
         return net
 
-    return Case(make, IMAGE, {"a": 6}, "a matrix product: one channel carries the constants, for there is no bias")
+    return Case(
+        make, IMAGE, {"a": 6}, "a matrix product: one channel carries the constants, for there is no bias"
+    )
 
 
 def zero_einsum() -> nn.Module:
@@ -78,7 +82,9 @@ def zero_einsum() -> nn.Module:
 
 def shuffled(dead: Any, bias: float = 0.0) -> nn.Module:
     return Net(
-        lambda m, x: m.c(F.pixel_shuffle(m.a(x), 2)), a=conv(3, 16, dead=dead, bias=bias), c=conv(4, 3, padding=1)
+        lambda m, x: m.c(F.pixel_shuffle(m.a(x), 2)),
+        a=conv(3, 16, dead=dead, bias=bias),
+        c=conv(4, 3, padding=1),
     )
 
 
@@ -101,7 +107,9 @@ CASES = {
     "einsum-outputs-last": einsum("bchw,co->bhwo", (8, 5)),
     "einsum-implicit": einsum("zchw,oc", (5, 8)),
     "einsum-ellipsis": Case(
-        lambda: _with(Net(lambda m, x: torch.einsum("...c,oc->...o", m.a(x), m.w), a=linear(6, 8, DEAD)), (4, 8)),
+        lambda: _with(
+            Net(lambda m, x: torch.einsum("...c,oc->...o", m.a(x), m.w), a=linear(6, 8, DEAD)), (4, 8)
+        ),
         TOKENS,
         {"a": 5},
         "any leading dimensions",
@@ -135,7 +143,9 @@ CASES = {
         "zeros do not change a norm",
     ),
     "normalize-constant": Case(
-        lambda: Net(lambda m, x: m.o(F.normalize(m.a(x), dim=-1)), a=linear(6, 8, DEAD, 0.5), o=nn.Linear(8, 3)),
+        lambda: Net(
+            lambda m, x: m.o(F.normalize(m.a(x), dim=-1)), a=linear(6, 8, DEAD, 0.5), o=nn.Linear(8, 3)
+        ),
         TOKENS,
         {"a": 8},
         "constants do",
@@ -150,13 +160,17 @@ CASES = {
         "norms of all orders that count what is not 0",
     ),
     "smallest": Case(
-        lambda: Net(lambda m, x: torch.linalg.vector_norm(m.a(x), float("-inf"), dim=-1), a=linear(6, 8, DEAD)),
+        lambda: Net(
+            lambda m, x: torch.linalg.vector_norm(m.a(x), float("-inf"), dim=-1), a=linear(6, 8, DEAD)
+        ),
         TOKENS,
         {"a": 8},
         "the norm of order -inf is the smallest, which 0 is",
     ),
     "sum-of-squares": Case(
-        lambda: Net(lambda m, x: m.a(x).pow(2).sum(1, keepdim=True).sqrt() * x.mean(), a=conv(3, 8, dead=DEAD)),
+        lambda: Net(
+            lambda m, x: m.a(x).pow(2).sum(1, keepdim=True).sqrt() * x.mean(), a=conv(3, 8, dead=DEAD)
+        ),
         IMAGE,
         {"a": 5},
         "a sum of zeros",
@@ -167,13 +181,19 @@ CASES = {
         {"a": 8},
         "a mean counts its channels",
     ),
-    "pixel-shuffle": Case(lambda: shuffled(slice(0, 8)), IMAGE, {"a": 8, "c.in_channels": 2}, "two groups of four"),
-    "pixel-shuffle-part": Case(lambda: shuffled(slice(0, 7)), IMAGE, {"a": 12}, "one group, and a part that stays"),
+    "pixel-shuffle": Case(
+        lambda: shuffled(slice(0, 8)), IMAGE, {"a": 8, "c.in_channels": 2}, "two groups of four"
+    ),
+    "pixel-shuffle-part": Case(
+        lambda: shuffled(slice(0, 7)), IMAGE, {"a": 12}, "one group, and a part that stays"
+    ),
     "pixel-shuffle-constant": Case(
         lambda: shuffled(slice(0, 12), 0.5), IMAGE, {"a": 8}, "one of three constants carries the others"
     ),
     "pixel-unshuffle": Case(
-        lambda: Net(lambda m, x: m.c(F.pixel_unshuffle(m.a(x), 2)), a=conv(3, 8, dead=DEAD), c=conv(32, 3, 1)),
+        lambda: Net(
+            lambda m, x: m.c(F.pixel_unshuffle(m.a(x), 2)), a=conv(3, 8, dead=DEAD), c=conv(32, 3, 1)
+        ),
         IMAGE,
         {"a": 5, "c.in_channels": 20},
         "each channel is four of the next layer",

@@ -136,15 +136,15 @@ CASES = {
         "padded by hand as TensorFlow does it",
     ),
     "f-pad-with-another-value": Case(
-        lambda: Net(
-            lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=0.1)), a=stem(*VALUES), b=conv(8, 4)
-        ),
+        lambda: Net(lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=0.1)), a=stem(*VALUES), b=conv(8, 4)),
         IMAGE,
         {"a": 8},
         "borders of 0.1 are not in proportion",
     ),
     "no-bias-to-make": Case(
-        lambda: Net(lambda m, x: torch.matmul(m.a(x).relu(), m.w), a=constants(linear(6, 8), list(VALUES[:2]))),
+        lambda: Net(
+            lambda m, x: torch.matmul(m.a(x).relu(), m.w), a=constants(linear(6, 8), list(VALUES[:2]))
+        ),
         TOKENS,
         {"a": 7},
         "a product by a parameter has no bias that could be added",
@@ -172,17 +172,17 @@ CASES = {
         "the second ratio differs in the two calls: that channel stays",
     ),
     "weight-that-something-else-reads": Case(
-        lambda: Net(
-            lambda m, x: m.b(m.a(x)) + m.b.weight.sum(), a=stem(*VALUES), b=conv(8, 4, padding=1)
-        ),
+        lambda: Net(lambda m, x: m.b(m.a(x)) + m.b.weight.sum(), a=stem(*VALUES), b=conv(8, 4, padding=1)),
         IMAGE,
         {"a": 8},
         "its sum would change",
     ),
     "two-layers-with-one-weight": Case(
         lambda: Net(
-            lambda m, x: F.conv2d(m.a(x), m.b.weight, m.b.bias, padding=1)[..., 1:-1, 1:-1]
-            + F.conv2d(m.a(x), m.b.weight, m.c.bias),
+            lambda m, x: (
+                F.conv2d(m.a(x), m.b.weight, m.b.bias, padding=1)[..., 1:-1, 1:-1]
+                + F.conv2d(m.a(x), m.b.weight, m.c.bias)
+            ),
             a=stem(*VALUES),
             b=conv(8, 4, padding=1),
             c=conv(3, 4),

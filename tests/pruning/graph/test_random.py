@@ -188,7 +188,9 @@ def test_constants_of_residual_streams(model: nn.Module, half: bool) -> None:
         error = (result.model(x).double() - expected).abs().max() / expected.abs().max().clamp(min=1.0)
     assert error < 1e-5
     once_more = result.plan.apply(copy.deepcopy(model))
-    assert all(torch.equal(a, b) for a, b in zip(once_more.parameters(), result.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(once_more.parameters(), result.model.parameters(), strict=True)
+    )
     assert compact(result.model, x, measure=False).plan.is_empty, result.report.explain()
     if half:
         low = copy.deepcopy(model).bfloat16()

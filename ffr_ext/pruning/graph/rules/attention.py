@@ -28,19 +28,26 @@ def _attention(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
         for labels in flow.labels:
             analysis.sets.claim(labels)
     aligned = [_heads_of(flow, shape) for flow in present]
-    labels = combined_labels(analysis, node, aligned, (*shape[:-2], 1, 1)) if rank >= 4 else (None,) * rank
+    heads: tuple[Labels, ...] = (
+        combined_labels(analysis, node, aligned, (*shape[:-2], 1, 1)) if rank >= 4 else (None,) * rank
+    )
     assert isinstance(value, Flow)
     # What is the same for all steps is a mean of equal values, whatever the weights of the mean.
     state = value.state
-    live = state.live.any(-2, keepdim=True) | (state.value.amin(-2, keepdim=True) != state.value.amax(-2, keepdim=True))
+    live = state.live.any(-2, keepdim=True) | (
+        state.value.amin(-2, keepdim=True) != state.value.amax(-2, keepdim=True)
+    )
     constant = state.value.select(-2, 0).unsqueeze(-2).double()
     if mask is not None:  # a step that may look at none is 0, or not a number
         live = live | (constant != 0)
     if rank >= 4 and constant.shape[-3] > 1:
         times = shape[-3] // constant.shape[-3]
-        constant, live = constant.repeat_interleave(times, -3), live.expand(constant.shape[:-3] + live.shape[-3:])
+        constant, live = (
+            constant.repeat_interleave(times, -3),
+            live.expand(constant.shape[:-3] + live.shape[-3:]),
+        )
         live = live.repeat_interleave(times, -3) if live.shape[-3] > 1 else live
-    return Flow(shape, labels, make(constant, live))
+    return Flow(shape, heads, make(constant, live))
 
 
 def _heads_of(flow: Flow, shape: tuple[int, ...]) -> Flow:
@@ -51,7 +58,9 @@ def _heads_of(flow: Flow, shape: tuple[int, ...]) -> Flow:
         heads = labels[-3]
         labels[-3] = None if heads is None else heads.repeat_interleave(shape[-3] // sizes[-3])
         sizes[-3] = shape[-3]
-    return Flow(tuple(sizes), tuple(labels), make(torch.zeros((1,) * flow.rank), torch.ones((1,) * flow.rank) > 0))
+    return Flow(
+        tuple(sizes), tuple(labels), make(torch.zeros((1,) * flow.rank), torch.ones((1,) * flow.rank) > 0)
+    )
 
 
 @rule("repeat_interleave")

@@ -3,17 +3,15 @@ vector norms. A channel of zeros adds nothing and may leave; every other one sta
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .. import states
 from ..analysis import Analysis, Flow, Labels, Read, meta_shape
 from ..registry import rule
-from ..states import State, along, per_index
+from ..states import State, per_index
 from ..trace import op_name, where
 from .layers import weighted
 from .pointwise import combined_labels, fold
@@ -123,7 +121,9 @@ def _einsum(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | Non
     operands, result = terms
     if len(flows) == 2:
         for x, weight in ((0, 1), (1, 0)):
-            flow = _by_a_matrix(analysis, node, flows[x], flows[weight], operands[x], operands[weight], result)
+            flow = _by_a_matrix(
+                analysis, node, flows[x], flows[weight], operands[x], operands[weight], result
+            )
             if flow is not None:
                 return flow
     return _contraction(analysis, node, flows, operands, result)
@@ -182,7 +182,11 @@ def _contraction(
     aligned = [_aligned(f, t, result) for f, t in zip(flows, operands, strict=True)]
     labels = combined_labels(analysis, node, aligned, shape)
     summed = sorted(set("".join(operands)) - set(result))
-    wide = [c for c in summed if any(f.labels[t.index(c)] is not None for f, t in zip(flows, operands, strict=True) if c in t)]
+    wide = [
+        c
+        for c in summed
+        if any(f.labels[t.index(c)] is not None for f, t in zip(flows, operands, strict=True) if c in t)
+    ]
     for letter in wide:
         holders = [(f, t.index(letter)) for f, t in zip(flows, operands, strict=True) if letter in t]
         size = max(f.shape[d] for f, d in holders)
@@ -215,7 +219,10 @@ def _aligned(flow: Flow, letters: str, result: str) -> Flow:
     for dim, c in enumerate(letters):
         if c not in result:
             zero = zero.all(dim, keepdim=True)
-    zero = zero.permute([letters.index(c) for c in sorted(kept, key=result.index)] + [d for d, c in enumerate(letters) if c not in result])
+    zero = zero.permute(
+        [letters.index(c) for c in sorted(kept, key=result.index)]
+        + [d for d, c in enumerate(letters) if c not in result]
+    )
     sizes = dict(zip(sorted(kept, key=result.index), zero.shape, strict=False))
     zero = zero.reshape([sizes.get(c, 1) for c in result])
     at = {c: d for d, c in enumerate(letters)}

@@ -173,7 +173,9 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
                 else BiasTarget(target.module, target.name, target.exists, of_out.start, target.size),
                 weight=None
                 if weight.name is None
-                else WeightTarget(weight.name, own_in, None if groups == 1 else range(of_out.start, of_out.stop)),
+                else WeightTarget(
+                    weight.name, own_in, None if groups == 1 else range(of_out.start, of_out.stop)
+                ),
             )
             analysis.reads.append(read)
             blocked = live[of_in] | ((value[of_in] != 0) & borders & analysis.strict)

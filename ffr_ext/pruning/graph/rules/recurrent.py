@@ -37,7 +37,9 @@ def _recurrent(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def _cell(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
-    weights = [f for f in (bound["w_ih"], bound["w_hh"], bound.get("b_ih"), bound.get("b_hh")) if f is not None]
+    weights = [
+        f for f in (bound["w_ih"], bound["w_hh"], bound.get("b_ih"), bound.get("b_hh")) if f is not None
+    ]
     if not all(w.state.all_constant() for w in weights):
         return None
     _read_input(analysis, node, bound["input"], bound["w_ih"], bound.get("b_ih"))
