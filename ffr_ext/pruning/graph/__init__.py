@@ -18,6 +18,7 @@ from .rules import (  # noqa: F401  they fill the table of rules
     rearrange,
     recurrent,
     shape,
+    split,
 )
 from .solver import Options, Solver
 from .trace import TracedGraph, trace

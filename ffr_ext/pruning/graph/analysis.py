@@ -37,7 +37,9 @@ class Flow:
     labels: tuple[Labels, ...]
     state: State
     name: str | None = None  # of the parameter or buffer this is
-    inner: State | None = None  # where this is zero-padded in space: the state of what was padded
+    # Where space is padded with zeros, or averaged with such padding: the state without it. Constants that differ there
+    # are still one pattern in space, times their value.
+    inner: State | None = None
 
     @property
     def rank(self) -> int:

@@ -89,8 +89,8 @@ class Carriers:
         return blocked & (~self.mergeable[id(read)] | (read.value.abs() > most))
 
     def choose(self, waiting: Sequence[Waiting], candidates: Tensor) -> dict[int, Waiting]:
-        """Which of the `candidates` (bool per channel) stay as carriers -> a read that needs it. Few serve all: each time the one that
-        serves most reads, then the one that could serve most others, then the largest constant."""
+        """Which of the `candidates` (bool per channel) stay as carriers -> a read that needs it. Few serve all: each
+        time the one that serves most reads, then the one that could serve most others, then the largest constant."""
         able = [self._able(entry, candidates) for entry in waiting]
         channels = torch.cat([c for c, _ in able])
         sizes = torch.cat([s for _, s in able])

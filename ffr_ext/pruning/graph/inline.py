@@ -43,7 +43,8 @@ def _copied(graph: Graph, module: GraphModule, node: Node, value_of: Callable[[N
     if node.target is operator.getitem and node.op == "call_function":
         taken = value_of(node.args[0]) if isinstance(node.args[0], Node) else None
         if isinstance(taken, tuple | list):
-            return taken[node.args[1]]  # type: ignore[call-overload]
+            index: Any = node.args[1]
+            return taken[index]
     if not _is_region(node):
         return graph.node_copy(node, value_of)
     at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")

@@ -127,7 +127,8 @@ class Sizes:
 
     def _own(self) -> list[tuple[str, str, Any]]:
         """(path, attribute, value) of whole numbers and lists of them that modules keep."""
-        found, seen = [], set()
+        found: list[tuple[str, str, Any]] = []
+        seen: set[int] = set()
         for path, module in self.graph.modules.items():
             if id(module) in seen or type(module).__module__.startswith("torch."):
                 continue
@@ -143,12 +144,12 @@ class Sizes:
         """The value after the cut, None where it cannot be told."""
         analysis = self.solver.analysis
         if isinstance(value, list):
-            after = {
+            lists = {
                 tuple(self._left(p) for p in parts)
                 for owner, parts in analysis.divided
                 if owner == path and [p.numel() for p in parts] == value
             }
-            return list(after.pop()) if len(after) == 1 else None
+            return list(lists.pop()) if len(lists) == 1 else None
         counts = {
             self._left(part)
             for owner, parts in analysis.divided

@@ -90,8 +90,8 @@ class Search:
         if stale:
             more = f" and {len(stale) - 6} more" if len(stale) > 6 else ""
             self.notes.append(
-                f"{', '.join(stale[:6])}{more} may be stale: numbers that modules of the model keep, equal to a size that "
-                "was cut"
+                f"{', '.join(stale[:6])}{more} may be stale: numbers that modules of the model keep, equal to a size "
+                "that was cut"
             )
         return found
 

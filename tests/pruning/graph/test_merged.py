@@ -135,6 +135,30 @@ CASES = {
         {"a": 3},
         "padded by hand as TensorFlow does it",
     ),
+    "behind-a-padded-average": Case(
+        lambda: Net(
+            lambda m, x: (
+                m.b(F.avg_pool2d(m.a(x).relu(), 3, 1, 1))
+                + m.c(F.avg_pool2d(F.pad(m.a(x), (1, 1, 1, 1)), 3, 1))
+            ),
+            a=stem(*VALUES),
+            b=conv(8, 4, 1),
+            c=conv(8, 4, 1),
+        ),
+        IMAGE,
+        {"a": 3},
+        "an average with zeros around it has one shape for all constants",
+    ),
+    "behind-a-padded-maximum": Case(
+        lambda: Net(
+            lambda m, x: m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1)), 3, 1)),
+            a=stem(*VALUES),
+            b=conv(8, 4, 1),
+        ),
+        IMAGE,
+        {"a": 8},
+        "a maximum with zeros has not",
+    ),
     "f-pad-with-another-value": Case(
         lambda: Net(lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=0.1)), a=stem(*VALUES), b=conv(8, 4)),
         IMAGE,

@@ -58,7 +58,8 @@ def test_slices_are_added_along_either_dimension(dim: int, rows: list[int] | Non
     ):
         moved[onto][where[1]] = value[where[1]]
     torch.testing.assert_close(result, expected)
-    assert torch.equal(weight, before) and result.stride() == weight.stride()
+    assert torch.equal(weight, before)
+    assert result.stride() == weight.stride()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -85,7 +86,8 @@ def test_a_plan_of_an_earlier_version_loads(tmp_path: Path) -> None:
     plan = CompactionPlan({"weight": (4, 3)}, {"weight": [Cut(0, [1, 2])]})
     plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
-    assert data["version"] == 1 and "merges" not in data
+    assert data["version"] == 1
+    assert "merges" not in data
     assert data["sha256"] == "46a4804137d1dd49d3dc61229286d9630448c85cef7f9dda543a31229f803b3b"
     assert CompactionPlan.load(tmp_path / "plan.json") == plan
 
@@ -111,7 +113,7 @@ def test_damaged_merges_change_nothing(damage: dict[str, Any]) -> None:
         plan.source, plan.cuts, plan.biases, plan.attributes, plan.replaced, {"2.weight": [bad]}
     )
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="damaged.*merges of 2.weight"):
+    with pytest.raises(ValueError, match=r"damaged.*merges of 2\.weight"):
         plan.apply(model)
     assert fingerprint(model) == before
 

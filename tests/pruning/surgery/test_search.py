@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,18 +20,18 @@ X = (2, 3, 8, 8)
 
 
 class StoredSplit(nn.Module):
-    """Parts of stored sizes, as in MixNet and in cross-stage blocks: they need all their channels."""
+    """Parts of sizes that are stored where they cannot follow, in a configuration: they need all their channels."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.sizes = [c // 2, c // 2]
+        self.config = SimpleNamespace(sizes=[c // 2, c // 2])
         self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
         self.parts = nn.ModuleList(
             nn.Conv2d(c // 2, c // 2, k, padding=k // 2, groups=c // 2) for k in (3, 5)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.norm(self.expand(x)).relu().split(self.sizes, 1)
+        parts = self.norm(self.expand(x)).relu().split(self.config.sizes, 1)
         return x + self.merge(torch.cat([layer(p) for layer, p in zip(self.parts, parts, strict=True)], 1))
 
 
@@ -39,12 +40,13 @@ class StoredWidth(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.width = c // 4
+        width = c // 4
+        self.config = SimpleNamespace(width=width)
         self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
-        self.convs = nn.ModuleList(nn.Conv2d(self.width, self.width, 3, padding=1) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.norm(self.expand(x)).relu().split(self.width, 1))
+        parts = list(self.norm(self.expand(x)).relu().split(self.config.width, 1))
         out = [self.convs[0](parts[0])]
         for layer, part in zip(self.convs[1:], parts[1:], strict=False):
             out.append(layer(out[-1] + part))
@@ -56,12 +58,12 @@ class StoredView(nn.Module):
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.c = c
+        self.config = SimpleNamespace(c=c)
         self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm(self.expand(x)).relu()
-        return x + self.merge(out.view(-1, self.c, *x.shape[2:]))
+        return x + self.merge(out.view(-1, self.config.c, *x.shape[2:]))
 
 
 class Followed(nn.Module):

@@ -28,7 +28,9 @@ def _attention(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
         for labels in flow.labels:
             analysis.sets.claim(labels)
     aligned = [_heads_of(flow, shape) for flow in present]
-    labels = combined_labels(analysis, node, aligned, (*shape[:-2], 1, 1)) if rank >= 4 else (None,) * rank
+    heads: tuple[Labels, ...] = (
+        combined_labels(analysis, node, aligned, (*shape[:-2], 1, 1)) if rank >= 4 else (None,) * rank
+    )
     assert isinstance(value, Flow)
     # What is the same for all steps is a mean of equal values, whatever the weights of the mean.
     state = value.state
@@ -45,7 +47,7 @@ def _attention(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
             live.expand(constant.shape[:-3] + live.shape[-3:]),
         )
         live = live.repeat_interleave(times, -3) if live.shape[-3] > 1 else live
-    return Flow(shape, labels, make(constant, live))
+    return Flow(shape, heads, make(constant, live))
 
 
 def _heads_of(flow: Flow, shape: tuple[int, ...]) -> Flow:

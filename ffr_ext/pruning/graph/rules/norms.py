@@ -150,11 +150,14 @@ def _pool(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
     first = x.rank - spatial
     if any(labels is not None for labels in x.labels[first:]):
         return None
-    state = spatially_uniform(analysis, x.state, first)
+    state, inner = spatially_uniform(analysis, x.state, first), None
     if name.startswith("avg_pool") and bound.get("count_include_pad", True) and _any(bound["padding"]):
         live = state.live | (state.value != 0) if analysis.strict else state.live
+        inner = x.inner or state
         state = states.make(state.value, live)
-    return Flow(meta_shape(node), (*x.labels[:first], *[None] * spatial), state)
+    elif "avg_pool" in name:
+        inner = x.inner
+    return Flow(meta_shape(node), (*x.labels[:first], *[None] * spatial), state, inner=inner)
 
 
 def _any(padding: Any) -> bool:
