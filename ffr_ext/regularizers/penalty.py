@@ -90,11 +90,19 @@ class GroupPenalty(BaseRegularizer):
         tensors = self._slices.tensors(self._names)
         trained = [name for name in self._names if tensors[name].requires_grad]
         factors = self._gradient_factors()
-        for name in trained:
-            if tensors[name].grad is None:
-                tensors[name].grad = torch.zeros_like(tensors[name])
-        grads = local_parts(_existing(tensors[name].grad) for name in trained)
-        self._add(trained, [g.tensor for g in grads], factors, self.scale)
+        fresh = [tensors[name] for name in trained if tensors[name].grad is None]
+        for tensor in fresh:
+            tensor.grad = torch.zeros_like(tensor)
+        try:
+            grads = local_parts(_existing(tensors[name].grad) for name in trained)
+            self._add(trained, [g.tensor for g in grads], factors, self.scale)
+        except (
+            TypeError,
+            ValueError,
+        ):  # a gradient of another dtype or layout: refused before anything is added
+            for tensor in fresh:
+                tensor.grad = None
+            raise
 
     @torch.no_grad()
     def step(self) -> None:
@@ -167,17 +175,21 @@ class GroupPenalty(BaseRegularizer):
         found.update(zip(single, norms, strict=True))
         return found
 
-    def _gradient_factors(self) -> Tensor:
-        """weight * strength / ||W_g|| of each group, 0 where the norm is: what a weight of it is multiplied by."""
-        norms = self.norms()
+    def _gradient_factors(self) -> Tensor | None:
+        """weight * strength / ||W_g|| of each group, 0 where the norm is: what a weight of it is multiplied by. None
+        where that is left to `step`."""
         if self.form == "prox":
-            return torch.zeros_like(norms)
+            return None
+        norms = self.norms()
         factors = (self.weight * self._strengths.to(norms.device) / norms).clamp(max=_LARGEST)
         return torch.where(norms == 0, 0.0, factors)
 
-    def _add(self, names: Sequence[str], grads: Sequence[Tensor], factors: Tensor, scale: float) -> None:
+    def _add(
+        self, names: Sequence[str], grads: Sequence[Tensor], factors: Tensor | None, scale: float
+    ) -> None:
         parts = self._slices.local(names)
-        rows, columns = self._lay_out(names, parts, [scale * factors] * len(names), 0.0)
+        vectors = [] if factors is None else [scale * factors] * len(names)
+        rows, columns = self._lay_out(names, parts, vectors, 0.0)
         slopes, taus = self._thresholds(names)
         add_scaled_(
             grads, [p.tensor for p in parts], rows, columns, [scale * slope for slope in slopes], taus
@@ -187,7 +199,7 @@ class GroupPenalty(BaseRegularizer):
     def _lay_out(
         self, names: Sequence[str], parts: Sequence[Local], vectors: Sequence[Tensor], outside: float
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For each tensor its vector over the groups, along its rows and along its columns."""
+        """For each tensor its vector over the groups, along its rows and along its columns; None without vectors."""
         found: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * len(names), [None] * len(names))
         for vector in {id(v): v for v in vectors}.values():
             wanted = [

@@ -509,6 +509,15 @@ def test_wrong_arguments_are_named(make: Make, error: type[Exception], message: 
         make(lenet())
 
 
+def test_a_gradient_that_cannot_be_added_to_is_refused_before_anything_changes() -> None:
+    model = lenet()
+    regularizer = OutInChannelLasso(model, X, weight=1.0)
+    model[7].weight.grad = torch.zeros_like(model[7].weight).to_sparse()
+    with pytest.raises(TypeError, match="expected a dense"):
+        regularizer.add_gradients_()
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["7.weight"]
+
+
 def test_a_model_that_was_cut_since_is_refused_before_anything_changes() -> None:
     from ffr_ext import compact
 
