@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ ENTRIES = [
     "scale",
     "take_blocks",
 ]
+# Set in a process that has loaded the address sanitizer before everything else.
+SANITIZED = "FFR_EXT_TEST_SANITIZED"
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -47,14 +51,15 @@ def compiler() -> str | None:
 
 
 def build(directory: Path) -> ctypes.CDLL:
+    flags = FLAGS + (SANITIZERS if os.environ.get(SANITIZED) else [])
     objects = []
     for source in SOURCES:
         objects.append(directory / f"{source.stem}_{source.suffix[1:]}.o")
         subprocess.run(
-            [str(compiler()), *FLAGS, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True
+            [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True
         )
     library = directory / "cuda_on_cpu.so"
-    subprocess.run([str(compiler()), "-shared", "-o", str(library), *map(str, objects)], check=True)
+    subprocess.run([str(compiler()), *flags, "-shared", "-o", str(library), *map(str, objects)], check=True)
     loaded = ctypes.CDLL(str(library))
     for name in ENTRIES:
         getattr(loaded, name).restype = ctypes.c_int64
