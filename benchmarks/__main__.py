@@ -17,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from . import bench_compaction, bench_loss, bench_scaling, bench_step, processes, report, results
+from . import (
+    bench_compaction,
+    bench_groups,
+    bench_loss,
+    bench_scaling,
+    bench_step,
+    processes,
+    report,
+    results,
+)
 from .harness import QUICK, Options, Row
 
 BENCHES = {
@@ -25,6 +34,7 @@ BENCHES = {
     "scaling": bench_scaling.main,
     "step": bench_step.main,
     "compaction": bench_compaction.main,
+    "groups": bench_groups.main,
 }
 
 

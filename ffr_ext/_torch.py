@@ -20,9 +20,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------------------------------
 
 
-def tree_leaves(tree: Any) -> list[Any]:
-    """All leaves of nested tuples, lists, dicts and registered classes."""
-    return _pytree.tree_leaves(tree)
+def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """All leaves of nested tuples, lists, dicts and registered classes, and what `is_leaf` says is one."""
+    return _pytree.tree_leaves(tree, is_leaf)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -9,17 +9,16 @@ themselves, which autograd keeps without a copy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import compiled, ops
 from ._torch import transforms_active
-from .stages import Layout, Sums, align, kernel_layouts, with_layout
+from .reference import at_positions
+from .stages import Layout, Stage, Sums, align, kernel_layouts, with_layout
 
 DOUBLE_BACKWARD = (
     "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second "
@@ -34,13 +33,21 @@ VMAP = (
 Item = TypeVar("Item", Tensor, Layout)
 
 
-@dataclass(frozen=True)
-class FlowSpec:
-    """The settings of one node that are not tensors."""
+class FlowSpec(NamedTuple):
+    """The settings of one node that follow from the stages and are not tensors: for each stage how many features,
+    elements of a feature and groups of sums it has."""
 
     sums: Sums
-    lengths: tuple[int, ...]  # features per stage
-    save_signs: bool  # a gradient of the absolute values will be wanted
+    lengths: tuple[int, ...]
+    numels: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage], sums: Sums) -> FlowSpec:
+        lengths, numels, groups = zip(
+            *[(stage.length, stage.numel, stage.groups(sums.leading)) for stage in stages], strict=True
+        )
+        return cls(sums, lengths, numels, groups)
 
     def by_stage(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """Cut a flat sequence into one slice per stage."""
@@ -50,38 +57,39 @@ class FlowSpec:
             first += length
         return slices
 
-    def groups(self, stages: Sequence[Sequence[Item]]) -> list[int]:
-        """Groups of sums of each stage."""
-        leading = self.sums.leading
-        return [math.prod(stage[0].shape[:leading]) for stage in stages] if leading else [1] * len(stages)
+    def align(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as the kernels walk them."""
+        if all([f.is_contiguous() for f in features]):  # noqa: C419  as in `stages.align`
+            return list(features)
+        return [f for stage in self.by_stage(features) for f in align(stage, self.sums.leading)]
 
 
-def _forward(spec: FlowSpec, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    squared, leading, backend = spec.sums
-    stages = spec.by_stage(features)
-    groups = spec.groups(stages)
-    features = [f for stage in stages for f in align(stage, leading)]
+    (squared, _leading, backend), lengths, _numels, groups = spec
+    features = spec.align(features)
     if torch.compiler.is_compiling():
-        return compiled.flow_stats(features, spec.lengths, groups, squared, spec.save_signs, backend)
-    stats, signs = compiled.empty_stats(features, spec.lengths, groups, spec.save_signs)
-    ops.flow_kernels(backend).forward(features, spec.lengths, groups, squared, stats, signs)
+        return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
+    stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
+    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
-def _save(ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor) -> None:
+def _save(
+    ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor, padding: Tensor | None
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     # Shapes and strides instead of the features: l1 needs nothing else of them.
     ctx.layouts = tuple([Layout.of(f) for f in features])
-    ctx.save_for_backward(*(features if spec.sums.squared else (signs,)))
+    ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
 def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list[Tensor | None]:
     """The backward pass, one entry per feature, from d loss / d stats."""
     call = ctx.spec, ctx.layouts, wanted, coef
     if not torch.is_grad_enabled():
-        grads = iter(_flow_gradients(*call, ctx.saved_tensors))
+        grads = iter(_flow_gradients(*call, *ctx.saved_tensors))
     elif transforms_active():
         # torch.func.grad always records its backward pass; only differentiating that record is refused.
         grads = iter(_RefusedTwice.apply(*call, *ctx.saved_tensors))
@@ -91,24 +99,29 @@ def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list
 
 
 class FlowStats(torch.autograd.Function):
-    """`FlowStats.apply(spec, *features) -> (stats, signs)`; differentiable in the features, once."""
+    """`FlowStats.apply(spec, save_signs, padding, *features) -> (stats, signs)`; differentiable in the features, once.
+
+    Where `padding` is True gradients are 0, whatever is there: 0 times the difference of what is not finite is NaN.
+    """
 
     @staticmethod
-    def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(spec, features)
+    def forward(
+        spec: FlowSpec, save_signs: bool, padding: Tensor | None, *features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(spec, save_signs, features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        spec, *features = inputs
+        spec, _save_signs, padding, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, features, signs)
+        _save(ctx, spec, features, signs, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, *_feature_gradients(ctx, ctx.needs_input_grad[1:], grad_stats))
+        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -116,26 +129,33 @@ class FlowStats(torch.autograd.Function):
 
 
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(spec, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in one node, with
-    stats put into the list `made`. Eager mode alone; without setup_context, which binds arguments by name at each call.
+    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in
+    one node, with stats put into the list `made`. Eager mode alone; without setup_context, for which the arguments are
+    bound by name at each call.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, spec: FlowSpec, weights: Tensor, dtype: torch.dtype, made: list[Tensor], *features: Tensor
+        ctx: Any,
+        spec: FlowSpec,
+        save_signs: bool,
+        weights: Tensor,
+        dtype: torch.dtype,
+        made: list[Tensor],
+        *features: Tensor,
     ) -> Tensor:
-        stats, signs = _forward(spec, features)
+        stats, signs = _forward(spec, save_signs, features)
         made.append(stats)
         ctx.weights = weights
-        _save(ctx, spec, features, signs)
+        _save(ctx, spec, features, signs, None)
         return (stats * weights).sum().to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = _feature_gradients(ctx, ctx.needs_input_grad[4:], ctx.weights * grad_loss)
-        return (None, None, None, None, *grads)
+        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], ctx.weights * grad_loss)
+        return (None, None, None, None, None, *grads)
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -143,9 +163,9 @@ class _RefusedTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, *saved: Tensor
+        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, padding: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, ...]:
-        return _flow_gradients(spec, layouts, wanted, grad_stats, saved)
+        return _flow_gradients(spec, layouts, wanted, grad_stats, padding, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,20 +185,22 @@ def _flow_gradients(
     layouts: tuple[Layout, ...],
     wanted: tuple[bool, ...],
     grad_stats: Tensor,
-    saved: tuple[Tensor, ...],
+    padding: Tensor | None,
+    *saved: Tensor,
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
-    squared, leading, backend = spec.sums
-    stages = spec.by_stage(layouts)
-    made = [lay for stage in stages for lay in kernel_layouts(stage, leading)]
+    (squared, leading, backend), lengths, numels, groups = spec
+    made: Sequence[Layout] = layouts
+    if not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
+        made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
     arguments = (
-        [f for stage in spec.by_stage(saved) for f in align(stage, leading)] if squared else [],
+        spec.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
-        spec.lengths,
-        [stage[0].shape.numel() for stage in stages],
-        spec.groups(stages),
+        lengths,
+        numels,
+        groups,
         squared,
     )
     if torch.compiler.is_compiling():
@@ -200,6 +222,10 @@ def _flow_gradients(
         ]
         ops.flow_kernels(backend).backward(*arguments, slots)
         grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
+    if padding is not None:
+        grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
+    if made is layouts:
+        return tuple(grads)
     asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
     # A list, not a generator, as in `align`.
     return tuple([with_layout(grad, layout) for grad, layout in zip(grads, asked, strict=True)])

@@ -109,6 +109,26 @@ def check_one_device(first: int, stage: Sequence[Tensor]) -> None:
             )
 
 
+def position_mask(mask: Any, stages: Iterable[tuple[int, tuple[int, ...]]]) -> Tensor:
+    """`mask` as a bool tensor, if it fits the leading dimensions of the features of all stages: of each the index of
+    its first feature and the shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool tensor, got {type(mask).__name__}")
+    if mask.dtype.is_floating_point or mask.is_complex():
+        raise TypeError(
+            f"mask: expected a bool or integer tensor, True or 1 where a position counts, got dtype {mask.dtype}"
+        )
+    sizes = tuple(mask.shape)
+    for index, shape in stages:
+        fits = 0 < len(sizes) <= len(shape)
+        if not fits or any(m not in (1, n) for m, n in zip(sizes, shape, strict=False)):
+            raise ValueError(
+                f"mask: expected the leading dimensions of features[{index}] of shape {shape}, got a mask of "
+                f"shape {sizes}"
+            )
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
     """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
     if isinstance(weight, Tensor):

@@ -6,6 +6,7 @@ From a call to a kernel: the features are checked (`checks`), split into stages 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -24,8 +25,9 @@ from .weights import entry_weights, weigh
 
 Weight = float | Sequence[float] | Tensor
 
-# (features, stages, sums) -> stats: how the sums of `stages` are made. `FeatureFlow` has its own.
-StatsMaker = Callable[[list[Tensor], Sequence[Stage], Sums], Tensor]
+# (features, stages, sums, padding) -> stats: how the sums of `stages` are made, with gradients that are 0 where
+# `padding` is True. `FeatureFlow` has its own.
+StatsMaker = Callable[[list[Tensor], Sequence[Stage], Sums, Tensor | None], Tensor]
 
 
 class FlowTerms(NamedTuple):
@@ -43,6 +45,7 @@ def flow_terms(
     reduction: str = "mean",
     transition: str = "break",
     backend: str = "auto",
+    mask: Tensor | None = None,
 ) -> FlowTerms:
     """The gradient (length) and curvature of a feature flow, term by term.
 
@@ -62,7 +65,8 @@ def flow_terms(
     options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
     listed = checks.feature_list(features)
     plan = _plan(listed, transition, _are_plain(listed))
-    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device.type), _stats)
+    positions = _positions(mask, plan)
+    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device.type), positions, _stats)
 
 
 def ffr_loss(
@@ -75,6 +79,7 @@ def ffr_loss(
     reduction: str = "mean",
     transition: str = "break",
     backend: str = "auto",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Feature flow regularization: penalise length and curvature of the path that features take through a network.
 
@@ -107,6 +112,12 @@ def ffr_loss(
         transition: "break": no terms between stages. "pool": the last features of the earlier stage (up to two) are
             average-pooled and zero-padded to the next stage's shape, and the terms that cross are added, once each.
         backend: "auto", "cuda", "triton", "cpu" or "reference". An explicit choice works or raises with the reason.
+        mask: for padded batches, a bool tensor (or one of zeros and ones, such as Hugging Face's attention_mask) of the
+            leading dimensions of every feature: (B, T) for features (B, T, C); sizes of 1 are expanded. Positions
+            where it is False neither count nor get a gradient, whatever is there: the loss is that of the features
+            without them. "mean" divides by the elements that count ("l2": each sample's norm by the root of its own,
+            then by the samples), "batchmean" by the samples that have any. Costs one float64 number per position and
+            term instead of a copy of the features; below some 32 elements a position that is the larger part.
 
     Returns:
         The loss, a 0-dim tensor: float32 (float64 if a feature is float64). Differences and sums are made in float32
@@ -117,11 +128,11 @@ def ffr_loss(
         TypeError: a feature is no tensor or no floating-point tensor, or a weight is no real number.
         ValueError: an unknown option; no term at all (fewer than two features, or no two neighbours of one shape);
             features of one stage on different devices; as many weights as there are terms were expected; a weight that
-            is not finite; a stage boundary that `transition="pool"` cannot map.
+            is not finite; a stage boundary that `transition="pool"` cannot map; a mask that does not fit a feature.
         RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
     """
     options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
-    loss, _terms = penalty(features, options, gradient, curvature)
+    loss, _terms = penalty(features, options, gradient, curvature, mask=mask)
     return loss
 
 
@@ -133,8 +144,9 @@ class FFRLoss(nn.Module):
         self.gradient, self.curvature = gradient, curvature
         self.options = FlowOptions(**options)
 
-    def forward(self, features: Iterable[Tensor]) -> Tensor:
-        loss, _terms = penalty(features, self.options, self.gradient, self.curvature)
+    def forward(self, features: Iterable[Tensor], mask: Tensor | None = None) -> Tensor:
+        """``ffr_loss(features, mask=mask, ...)``."""
+        loss, _terms = penalty(features, self.options, self.gradient, self.curvature, mask=mask)
         return loss
 
     def extra_repr(self) -> str:
@@ -148,6 +160,7 @@ def penalty(
     gradient: Weight,
     curvature: Weight,
     *,
+    mask: Tensor | None = None,
     make_stats: StatsMaker | None = None,
 ) -> tuple[Tensor, Callable[[], FlowTerms]]:
     """The loss, and a function that gives its terms without another pass over the features (and without holding
@@ -158,10 +171,12 @@ def penalty(
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
+    positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
     backend = backends.resolve(options.backend, device.type)
     if (
         plain
+        and positions is None
         and backend != "reference"
         and not options.angles
         and isinstance(on_gradient, float)
@@ -174,10 +189,10 @@ def penalty(
 
         def terms_of_stats() -> FlowTerms:
             rows = _split(stats, plan.stages, sums)
-            return _assemble(rows, rows, plan, options, device, dtype)
+            return _assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss, terms_of_stats
-    terms = _terms(listed, plan, options, backend, make_stats or _stats)
+    terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
@@ -194,9 +209,13 @@ def _product(
     of what it gives, or of the roots of that, with a vector."""
     if make_stats is None and not sums.leading:
         made: list[Tensor] = []
-        spec, walked = _walk(features, plan.stages, sums)
-        return FlowProduct.apply(spec, weights, dtype, made, *walked), made[0]
-    stats = (make_stats or _stats)(features, plan.stages, sums)
+        spec = plan.kept.get(sums)
+        if spec is None:
+            spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
+        walked = _walked(features, plan.stages)
+        loss = FlowProduct.apply(spec, _saves_signs(sums, walked), weights, dtype, made, *walked)
+        return loss, made[0]
+    stats = (make_stats or _stats)(features, plan.stages, sums, None)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
     return (entries * weights).sum().to(dtype), stats.detach()
 
@@ -206,6 +225,10 @@ def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
 
 
 _kept_plan = lru_cache(maxsize=256)(make_plan)
+
+
+def _positions(mask: Tensor | None, plan: Plan) -> Tensor | None:
+    return None if mask is None else checks.position_mask(mask, [(s.first, s.shape) for s in plan.stages])
 
 
 def _are_plain(features: list[Tensor]) -> bool:
@@ -236,29 +259,36 @@ def _warn_if_without_effect(
         )
 
 
-def _walk(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> tuple[FlowSpec, list[Tensor]]:
-    """The settings of an autograd node over `stages`, which must share a device, and the features it walks."""
-    walked = [f for stage in stages for f in stage_features(features, stage)]
-    save_signs = not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    return FlowSpec(sums, tuple([stage.length for stage in stages]), save_signs), walked
+def _walked(features: list[Tensor], stages: Sequence[Stage]) -> list[Tensor]:
+    return [f for stage in stages for f in stage_features(features, stage)]
 
 
-def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums) -> Tensor:
-    """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
-    if not torch.compiler.is_compiling():
-        spec, walked = _walk(features, stages, sums)
-        stats, _signs = FlowStats.apply(spec, *walked)
-        return stats
-    # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none. And it cannot
-    # trace a node that nobody differentiates.
-    spec, walked = _walk([f.view_as(f) for f in features], stages, sums)
+def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
+    """Whether a gradient of absolute values will be wanted."""
+    return not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+
+
+def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> Tensor:
+    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+    tracing = torch.compiler.is_compiling()
+    if tracing:
+        # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
+        features = [f.view_as(f) for f in features]
+    walked = _walked(features, stages)
+    # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    stats, _signs = FlowStats.apply(spec, *walked) if wanted else FlowStats.forward(spec, *walked)
+    run = FlowStats.forward if tracing and not wanted else FlowStats.apply
+    stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding, *walked)
     return stats
 
 
 def _terms(
-    features: list[Tensor], plan: Plan, options: FlowOptions, backend: str, make_stats: StatsMaker
+    features: list[Tensor],
+    plan: Plan,
+    options: FlowOptions,
+    backend: str,
+    mask: Tensor | None,
+    make_stats: StatsMaker,
 ) -> FlowTerms:
     """Every term by itself, for every setting."""
     if backend == "reference":
@@ -269,36 +299,54 @@ def _terms(
                 curvature_kind=options.curvature_kind,
                 reduction=options.reduction,
                 transition=options.transition,
+                mask=mask,
             )
         )
     per_sample = options.per_sample or (options.squared and options.angles)
-    sums = Sums(options.squared, int(per_sample), backend)
-    rows = squares = _rows(features, plan.stages, sums, make_stats)
+    # With a mask one sum for each position, of which those that count are added up.
+    leading = int(per_sample) if mask is None else mask.dim()
+    rows = squares = _rows(features, plan.stages, Sums(options.squared, leading, backend), mask, make_stats)
     if options.angles and not options.squared:
         # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
-        squares = _rows(features, plan.stages, Sums(True, 1, backend), make_stats)
-    return _assemble(rows, squares, plan, options, features[0].device, _loss_dtype(features))
+        squares = _rows(features, plan.stages, Sums(True, max(leading, 1), backend), mask, make_stats)
+    return _assemble(rows, squares, plan, options, mask, features[0].device, _loss_dtype(features))
+
+
+Rows = list[tuple[Tensor, Tensor]]  # per stage the (differences, groups) and the (bends, groups) sums
 
 
 def _rows(
-    features: list[Tensor], stages: Sequence[Stage], sums: Sums, make_stats: StatsMaker
-) -> list[tuple[Tensor, Tensor]]:
-    """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a
-    device."""
-    rows: list[tuple[Tensor, Tensor]] = []
+    features: list[Tensor], stages: Sequence[Stage], sums: Sums, mask: Tensor | None, make_stats: StatsMaker
+) -> Rows:
+    """One fused call per run of stages on a device. With a mask the groups are samples, of what counts in them."""
+    rows: Rows = []
     first = 0
     for index in range(1, len(stages) + 1):
         device = features[stages[first].first].device
         if index < len(stages) and features[stages[index].first].device == device:
             continue
-        stats = make_stats(features, stages[first:index], sums)
-        rows += _split(stats, stages[first:index], sums)
+        run = stages[first:index]
+        if mask is None:
+            rows += _split(make_stats(features, run, sums, None), run, sums)
+        else:
+            mask = mask.to(device)
+            # Absolute values need no padding: the sign of a NaN is 0.
+            stats = make_stats(features, run, sums, ~mask if sums.squared else None)
+            for stage, (lengths, bends) in zip(run, _split(stats, run, sums), strict=True):
+                rows.append((_counted(lengths, stage, mask), _counted(bends, stage, mask)))
         first = index
     return rows
 
 
-def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> list[tuple[Tensor, Tensor]]:
-    """`stats` of `stages` as views: per stage the (differences, groups) and the (bends, groups) sums."""
+def _counted(rows: Tensor, stage: Stage, mask: Tensor) -> Tensor:
+    """(rows, positions) -> (rows, B): sums over the positions of each sample that count."""
+    positions = mask.expand(stage.shape[: mask.dim()]).reshape(-1)
+    kept = torch.where(positions, rows, 0)  # a product with 0 would keep NaN
+    return kept.view(len(rows), stage.batch, math.prod(stage.shape[1 : mask.dim()])).sum(2)
+
+
+def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> Rows:
+    """`stats` of `stages` as views."""
     rows, offset = [], 0
     for stage in stages:
         groups = stage.groups(sums.leading)
@@ -315,10 +363,11 @@ def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> list[tuple[Ten
 
 
 def _assemble(
-    rows: list[tuple[Tensor, Tensor]],
-    squares: list[tuple[Tensor, Tensor]],
+    rows: Rows,
+    squares: Rows,
     plan: Plan,
     options: FlowOptions,
+    mask: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> FlowTerms:
@@ -328,13 +377,14 @@ def _assemble(
     for stage, (lengths, bends), (square_lengths, square_bends) in zip(
         plan.stages, rows, squares, strict=True
     ):
-        divisor = stage.divisor(options.norm, options.reduction)
-        gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
+        divisor = stage.divisor(options.norm, options.reduction, mask, lengths.device)
+        gradient.append((root(lengths[stage.counted_by_earlier :]) / divisor).sum(1))
         if options.angles:
-            theta = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends).sum(1)
-            curvature.append(theta if options.reduction == "sum" else theta / max(stage.batch, 1))
+            angles = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends)
+            averaged = "sum" if options.reduction == "sum" else "batchmean"
+            curvature.append((angles / stage.divisor(options.norm, averaged, mask, angles.device)).sum(1))
         else:
-            curvature.append(root(bends).sum(1) / divisor)
+            curvature.append((root(bends) / divisor).sum(1))
     return FlowTerms(
         torch.cat([t.to(device) for t in gradient]).to(dtype),
         torch.cat([t.to(device) for t in curvature]).to(dtype),

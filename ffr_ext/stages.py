@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .reference import pool_to
+from .reference import masked_divisor, pool_to
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,13 @@ class Stage:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def divisor(self, norm: str, reduction: str) -> float:
-        """What phi(d) is divided by (design.md section 1): 1 for an empty feature, whose mean is 0."""
+    def divisor(
+        self, norm: str, reduction: str, mask: Tensor | None = None, device: torch.device | None = None
+    ) -> float | Tensor:
+        """What phi(d) is divided by (design.md section 1): 1 for an empty feature, whose mean is 0. With a mask a
+        tensor, 0-dim or one entry for each sample."""
+        if mask is not None:
+            return masked_divisor(self.shape, norm, reduction, mask.to(device))
         if reduction == "sum":
             return 1
         batch = max(self.batch, 1)
@@ -79,15 +84,9 @@ class Plan:
     """The stages that have a term, in depth order."""
 
     stages: tuple[Stage, ...]
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what `weights` made for it
-
-    @property
-    def gradient_terms(self) -> int:
-        return sum(s.gradient_terms for s in self.stages)
-
-    @property
-    def curvature_terms(self) -> int:
-        return sum(s.bends for s in self.stages)
+    gradient_terms: int
+    curvature_terms: int
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what was made for it, for later calls
 
 
 def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
@@ -104,9 +103,10 @@ def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
         if first < len(shapes):
             stages.append(Stage(first, index - first, tail, tuple(shapes[first])))
         first = index
-    plan = Plan(tuple(s for s in stages if s.length > 1))
-    checks.check_has_terms(shapes, plan.gradient_terms)
-    return plan
+    stages = [s for s in stages if s.length > 1]
+    gradient_terms = sum(s.gradient_terms for s in stages)
+    checks.check_has_terms(shapes, gradient_terms)
+    return Plan(tuple(stages), gradient_terms, sum(s.bends for s in stages))
 
 
 def has_term(features: Sequence[Tensor], transition: str) -> bool:

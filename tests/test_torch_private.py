@@ -15,7 +15,7 @@ from ffr_ext import _torch
 
 PACKAGE = Path(ffr_ext.__file__).parent
 PRIVATE = re.compile(
-    r"torch\._[A-Za-z]|_pytree|\._(forward|backward)\w*hooks|\._(parameters|buffers)\b|\._is_replica"
+    r"torch\._[A-Za-z]|_pytree|\._(forward|backward)\w*hooks|(?<!self)\._(parameters|buffers)\b|\._is_replica"
     r"|_make_wrapper_subclass|\._schema\b|\._overloadname|[a-z]\._version\b|\._use_count|\._cdata|_dynamo_marked"
     r"|\._(BatchNorm|NormBase|ConvNd|ConvTransposeNd)\b|super\(torch\.|\._metadata"
 )

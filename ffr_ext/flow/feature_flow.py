@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,22 +12,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import checks
-from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
+from ..functional import FlowTerms
 from ..models import as_call, evaluating
 from ..options import FlowOptions
 from ..regularizers.base import BaseRegularizer
-from ..stages import has_term, make_plan
+from ..stages import has_term
 from .describe import Description, describe
 from .layers import LayerSpec, select_streams
+from .masks import MaskSelector, mask_selectors
 from .outputs import OutputSelector, output_selector
-from .paths import Path, independent, joined, reached
+from .paths import Path, reached
+from .penalties import Weight, continuous, penalty_of, per_term, terms_of, times, total_of
 from .recorder import Recorder, State, watch_calls, watch_layers
-from .taps import Slot, collect
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self needs Python 3.11
 
-Weight = float | Sequence[float] | Tensor
 MISSING = ("raise", "skip")
 
 
@@ -64,6 +63,10 @@ class FeatureFlow(BaseRegularizer):
         missing: what to do about a layer that a forward did not call: ``"raise"``, or ``"skip"`` for layers that are
             skipped at random or on purpose (LayerDrop, stochastic depth, early exit): differences are then taken
             between those that ran, and a forward in which fewer than two did adds 0.
+        mask: which positions are real where sequences are padded: the name of an argument of the call (such as
+            ``"attention_mask"``), or a function of the call's arguments that gives the mask (such as ``lambda x,
+            lengths: ...``); see ``mask`` of :func:`ffr_loss` for what it means. A list has one for each path. Of a pass
+            by hand the call is that of the outermost module that contains all layers of the path.
         gradient, curvature, norm, curvature_kind, reduction, transition, backend: see :func:`ffr_loss`. With
             ``transition="pool"``, ``"auto"`` keeps the stages of a network in one path. One weight per term: those of
             all paths of a call, one path after another.
@@ -103,6 +106,7 @@ class FeatureFlow(BaseRegularizer):
         output: OutputSelector | None = None,
         capture_eval: bool = False,
         missing: str = "raise",
+        mask: MaskSelector | Sequence[MaskSelector | None] | None = None,
     ) -> None:
         super().__init__(model)
         if isinstance(model, nn.DataParallel):
@@ -113,7 +117,7 @@ class FeatureFlow(BaseRegularizer):
         self.options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
         checks.check_choice("missing", missing, MISSING)
         for name, weight in (("gradient", gradient), ("curvature", curvature)):
-            checks.term_weights(name, weight, len(weight) if _per_term(weight) else 0)  # type: ignore[arg-type]
+            checks.term_weights(name, weight, len(weight) if per_term(weight) else 0)  # type: ignore[arg-type]
         if not isinstance(capture_eval, bool):
             raise TypeError(f"capture_eval: expected True or False, got {capture_eval!r}")
         self.gradient = gradient
@@ -124,7 +128,11 @@ class FeatureFlow(BaseRegularizer):
         self._layers = [name for name, _ in model.named_modules() if name in chosen]
         # The reference backend is plain torch, which autograd differentiates by itself.
         self._recorder = Recorder(
-            output_selector(output), capture_eval, tapping=backend != "reference", streams=len(self._streams)
+            output_selector(output),
+            capture_eval,
+            tapping=backend != "reference",
+            streams=len(self._streams),
+            masks=mask_selectors(mask, len(self._streams)),
         )
         self._handles: list[RemovableHandle] = []
         self._watches_inner_calls = False
@@ -246,6 +254,7 @@ class FeatureFlow(BaseRegularizer):
             output=self.output,
             capture_eval=True,
             missing=self.missing,
+            mask=self._recorder.masks or None,
             transition=self.options.transition,
             backend="reference",
         )
@@ -298,8 +307,8 @@ class FeatureFlow(BaseRegularizer):
         if not self.enabled:
             return None
         paths = self._recorder.paths
-        found = reached(loss, {node for path in paths for node in path.nodes()})
-        hit = [path for path in paths if not found.isdisjoint(path.nodes())]
+        hits = reached(loss, [path.nodes() for path in paths])
+        hit = [path for path, is_hit in zip(paths, hits, strict=True) if is_hit]
         if not hit:
             if required and not (self.missing == "skip" and self._recorder.called):
                 self._check_attached()
@@ -314,7 +323,7 @@ class FeatureFlow(BaseRegularizer):
         total: Tensor | None = None
         again = {id(path.penalty): path.penalty for path in hit if path.penalty is not None}
         if again and not self._has_gradients(hit):
-            total = _sum(again.values())
+            total = total_of(again.values())
         fresh = [path for path in hit if path.penalty is None]
         if fresh:
             self._check(
@@ -341,11 +350,7 @@ class FeatureFlow(BaseRegularizer):
                 return FlowTerms(*(values.detach() for values in self._last_terms()))
             if not self.enabled:
                 return FlowTerms(torch.zeros(0), torch.zeros(0))
-        terms = []
-        for path in self._with_terms(self._joined(self._checked())):
-            detached = [feature.detach() for feature in path.features]
-            terms.append(partial(flow_terms, detached, **asdict(self.options)))
-        return _one_after_another(terms)
+        return terms_of(self._with_terms(self._joined(self._checked())), self.options)
 
     def add_gradients_(self) -> None:
         """Refused: the penalty is made of a forward pass, and has to be part of a loss."""
@@ -355,28 +360,17 @@ class FeatureFlow(BaseRegularizer):
 
     def _build(self, paths: list[Path]) -> Tensor:
         """The sum of the penalties of paths that are joined where they can be."""
-        paths = self._with_terms(paths)
-        terms: list[Callable[[], FlowTerms]] = []
-        losses: list[Tensor] = []
-        for path, (gradient, curvature) in zip(paths, self._weights(paths), strict=True):
-            try:
-                loss, terms_of_path = penalty(
-                    path.features,
-                    self.options,
-                    gradient,
-                    curvature,
-                    make_stats=_just_in_time(path),
-                )
-            except (TypeError, ValueError) as error:
-                if not str(error).startswith("features"):
-                    raise
-                raise type(error)(
-                    f"{error}\nFeatureFlow captured {path.outputs()}; layers= chooses others"
-                ) from error
-            terms.append(terms_of_path)
-            losses.append(loss)
-        self._last_terms = terms[0] if len(terms) == 1 else partial(_one_after_another, terms)
-        return _sum(losses)
+        weights = times(self.gradient, self.scale), times(self.curvature, self.scale)
+        loss, self._last_terms = penalty_of(self._with_terms(paths), self.options, *weights)
+        return loss
+
+    def _joined(self, paths: list[Path]) -> list[Path]:
+        return continuous(paths, self.options.transition)
+
+    def _with_terms(self, paths: list[Path]) -> list[Path]:
+        """Those that make a term. If none does, the first, for ``ffr_loss`` to say why; none where layers may miss."""
+        with_terms = [path for path in paths if has_term(path.features, self.options.transition)]
+        return with_terms or ([] if self.missing == "skip" else paths[:1])
 
     def _checked(self) -> list[Path]:
         """All paths of the pass; raises if they cannot make a loss."""
@@ -402,41 +396,6 @@ class FeatureFlow(BaseRegularizer):
                 "grad, so the penalty would change nothing: the layers before them are frozen or detached"
             )
 
-    def _joined(self, paths: list[Path]) -> list[Path]:
-        """The paths, split where they are independent and joined where that changes no term."""
-        pool = self.options.transition == "pool"
-
-        def apart(a: Path, b: Path) -> bool:
-            return pool or a.features[-1].shape == b.features[0].shape
-
-        return joined([part for path in paths for part in independent(path)], apart)
-
-    def _with_terms(self, paths: list[Path]) -> list[Path]:
-        """Those that make a term. If none does, the first, for ``ffr_loss`` to say why; none where layers may miss."""
-        with_terms = [path for path in paths if has_term(path.features, self.options.transition)]
-        return with_terms or ([] if self.missing == "skip" else paths[:1])
-
-    def _weights(self, paths: list[Path]) -> list[tuple[Weight, Weight]]:
-        """Of each path the weights of its terms: those given one per term go through the paths of each call."""
-        weights = [_times(weight, self.scale) for weight in (self.gradient, self.curvature)]
-        if len(paths) < 2 or not any(_per_term(weight) for weight in weights):
-            return [(weights[0], weights[1])] * len(paths)
-        result: list[tuple[Weight, Weight]] = []
-        streams: set[int] = set()
-        for index, path in enumerate(paths):
-            if not streams.isdisjoint(path.streams) or not streams:
-                streams, used = set(), [0, 0]  # of a call
-            streams |= path.streams
-            following = paths[index + 1] if index + 1 < len(paths) else None
-            ends = following is None or not streams.isdisjoint(following.streams)
-            plan = make_plan([tuple(f.shape) for f in path.features], self.options.transition)
-            parts = []
-            for kind, count in enumerate((plan.gradient_terms, plan.curvature_terms)):
-                parts.append(_slice(weights[kind], used[kind], None if ends else used[kind] + count))
-                used[kind] += count
-            result.append((parts[0], parts[1]))
-        return result
-
     def _has_gradients(self, paths: list[Path]) -> bool:
         """Whether the layers of these paths hold gradients of an earlier backward pass, the penalty's among them."""
         modules = [module for path in paths for module in self._streams[path.stream].values()]
@@ -446,61 +405,10 @@ class FeatureFlow(BaseRegularizer):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         old = self._recorder
-        recorder = Recorder(old.output, old.capture_eval, old.tapping, len(old.streams))
+        recorder = Recorder(old.output, old.capture_eval, old.tapping, len(old.streams), old.masks)
         state.update(_handles=[], _last_terms=None, _recorder=recorder)
         state.pop("_finalizer", None)
         return state
-
-
-def _just_in_time(path: Path) -> StatsMaker | None:
-    """How the sums of a path are made if each feature gets its gradient by itself; None for one node for all
-    features, as in ``ffr_loss``."""
-    slots: list[Slot | None] = []
-    tokens: list[Tensor] = []
-    for feature, tap in zip(path.features, path.taps, strict=True):
-        if tap is None:
-            if feature.requires_grad:
-                return None
-            slots.append(None)
-        else:
-            slots.append(tap[0])
-            tokens.append(tap[1])
-    return partial(collect, slots, tokens)
-
-
-def _one_after_another(terms: Sequence[Callable[[], FlowTerms]]) -> FlowTerms:
-    made = [make() for make in terms]
-    if len(made) == 1:
-        return made[0]
-    device = made[0].gradient.device if made else None
-    return FlowTerms(
-        torch.cat([torch.zeros(0, device=device), *(each.gradient.to(device) for each in made)]),
-        torch.cat([torch.zeros(0, device=device), *(each.curvature.to(device) for each in made)]),
-    )
-
-
-def _sum(losses: Iterable[Tensor]) -> Tensor:
-    """Their sum, on the device of the first; 0 if there is none."""
-    total: Tensor | None = None
-    for loss in losses:
-        total = loss if total is None else total + loss.to(total.device)
-    return torch.zeros(()) if total is None else total
-
-
-def _per_term(weight: Any) -> bool:
-    return weight.dim() > 0 if isinstance(weight, Tensor) else hasattr(weight, "__len__")
-
-
-def _times(weight: Weight, scale: float) -> Weight:
-    if scale == 1:
-        return weight
-    if _per_term(weight) and not isinstance(weight, Tensor):
-        return [entry * scale for entry in weight]  # type: ignore[union-attr]
-    return weight * scale  # type: ignore[operator]
-
-
-def _slice(weight: Weight, start: int, stop: int | None) -> Weight:
-    return weight[start:stop] if _per_term(weight) else weight  # type: ignore[index]
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

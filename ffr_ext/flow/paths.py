@@ -34,6 +34,7 @@ class Path:
         points: the nodes of autograd's graph that made the features, once they have been let go.
         penalty: what was built of it and others for a backward pass.
         passed: tells whether a backward pass went through it.
+        mask: which positions count, where padding does not.
     """
 
     def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
@@ -54,6 +55,7 @@ class Path:
         self.points: set[Any] = set()
         self.penalty: Tensor | None = None
         self.passed = Passed()
+        self.mask: Tensor | None = None
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -157,7 +159,7 @@ def independent(path: Path) -> list[Path]:
 def _follows(later: Tensor, earlier: Tensor) -> bool:
     if earlier.grad_fn is None or later.grad_fn is None:
         return True
-    return earlier.grad_fn is later.grad_fn or bool(reached(later, {earlier.grad_fn}))
+    return earlier.grad_fn is later.grad_fn or reached(later, [{earlier.grad_fn}])[0]
 
 
 def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[Path]:
@@ -168,7 +170,8 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
         return paths
     results: list[Path] = []
     for path in paths:
-        if results and path.stream not in results[-1].streams and not apart(results[-1], path):
+        same_mask = bool(results) and results[-1].mask is path.mask
+        if same_mask and path.stream not in results[-1].streams and not apart(results[-1], path):
             last = results[-1]
             last.streams.add(path.stream)
             last.names += path.names
@@ -181,18 +184,19 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
 
 def _part(path: Path, part: slice) -> Path:
     result = Path(path.stream, outside=path.outside)
+    result.mask = path.mask
     result.names, result.features, result.taps = path.names[part], path.features[part], path.taps[part]
     return result
 
 
-def reached(loss: Tensor, wanted: set[Any]) -> set[Any]:
-    """Those of the nodes `wanted` that the graph of `loss` has. Breadth first, since features are near the loss; the
-    walk stops when it has them all."""
-    found: set[Any] = set()
+def reached(loss: Tensor, wanted: Sequence[set[Any]]) -> list[bool]:
+    """For each of these sets of nodes whether the graph of `loss` has one of them. Breadth first, since features are
+    near the loss; the walk stops when it has one of each."""
+    missing = dict(enumerate(wanted))
     layer = [loss.grad_fn] if loss.grad_fn is not None else []
     seen: set[Any] = set(layer)
-    while layer and len(found) < len(wanted):
-        found.update(node for node in layer if node in wanted)
+    while layer and missing:
+        missing = {index: nodes for index, nodes in missing.items() if nodes.isdisjoint(layer)}
         following = []
         for node in layer:
             for parent, _ in node.next_functions:
@@ -200,7 +204,7 @@ def reached(loss: Tensor, wanted: set[Any]) -> set[Any]:
                     seen.add(parent)
                     following.append(parent)
         layer = following
-    return found
+    return [index not in missing for index in range(len(wanted))]
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._torch import version
+from .masks import Call, MaskSelector, positional
 from .outputs import OutputSelector, select
 from .paths import Path, inside_backward, quoted
 from .taps import can_tap, tap
@@ -54,6 +55,7 @@ class Stream:
         self.outside: Path | None = None  # of what no call contains, in a pass by hand
         self.depth = depth
         self.handled: BaseException | None = None  # what was being handled when the call began
+        self.mask: Tensor | None = None  # of the running call
 
 
 class Recorder:
@@ -70,11 +72,13 @@ class Recorder:
         capture_eval: bool = False,
         tapping: bool = True,
         streams: int = 1,
+        masks: Sequence[MaskSelector | None] = (),
     ) -> None:
         self.output = output
         self.capture_eval = capture_eval
         self.tapping = tapping
         self.enabled = True
+        self.masks = tuple(masks)  # for each stream, where the padding mask of a call comes from
         self.ever = False  # whether any layer's hook was ever called
         self.streams = [Stream() for _ in range(streams)]
         self.clear()
@@ -140,15 +144,26 @@ class Recorder:
             if stream.outside is not None:
                 stream.outside.warn_if_several_calls(stacklevel + 1)
 
-    def enter(self, streams: Sequence[int], whole: bool, training: bool) -> None:
-        """A module starts to run that contains all layers of these streams; ``whole``: it is the model."""
+    def enter(self, streams: Sequence[int], whole: bool, training: bool, call: Call | None = None) -> None:
+        """A module starts to run that contains all layers of these streams; ``whole``: it is the model; ``call``: what
+        it is called with, where somebody selects masks."""
         wanted = self._wanted(training)
         if self.by_hand:
             for index in streams:
-                self._enter_stream(self.streams[index], wanted)
+                self._enter_stream(self.streams[index], wanted, self._mask(index, call, wanted))
         elif whole and wanted:
             self.clear(State.RUNNING, recording=True)
             self.streams[0].handled = handled()
+            for index, stream in enumerate(self.streams):
+                stream.mask = self._mask(index, call, wanted)
+
+    def _mask(self, index: int, call: Call | None, wanted: bool) -> Tensor | None:
+        """The mask of a stream in a call, once for the outermost module."""
+        inside = self.by_hand and self.streams[index].depth > 0
+        selector = self.masks[index] if self.masks else None
+        if call is None or selector is None or not wanted or inside:
+            return None
+        return call.mask(selector)
 
     def leave(self, streams: Sequence[int], whole: bool, training: bool) -> None:
         """It is done, or raised. Whatever layers compute from here on (recomputation, evaluation) is not recorded."""
@@ -171,9 +186,10 @@ class Recorder:
             return False
         return self.capture_eval or (training and torch.is_grad_enabled())
 
-    def _enter_stream(self, stream: Stream, wanted: bool) -> None:
+    def _enter_stream(self, stream: Stream, wanted: bool, mask: Tensor | None) -> None:
         stream.depth += 1
         if stream.depth == 1:
+            stream.mask = mask
             stream.handled = handled()
             stream.recording = wanted
             stream.path = None
@@ -207,7 +223,8 @@ class Recorder:
         feature = output
         if self.output is not None or type(output) is not Tensor or not output.is_floating_point():
             feature = select(self.output, name, module, output)
-        path = self._path(self.streams[index], index)
+        stream = self.streams[index]
+        path = stream.path if stream.path is not None else self._path(stream, index)
         if self.by_hand and not compiling and not path.names and feature.grad_fn is not None:
             feature.grad_fn.register_prehook(path.passed)
         if compiling:
@@ -215,8 +232,8 @@ class Recorder:
         path.versions.append(None if compiling else version(feature))
         path.names.append(name)
         path.features.append(feature)
-        path.taps.append(tap(feature) if self.tapping and can_tap(feature) else None)
-        if not torch.is_grad_enabled() and not self.capture_eval:
+        path.taps.append(tap(feature) if self.tapping and not compiling and can_tap(feature) else None)
+        if not feature.requires_grad and not self.capture_eval and not torch.is_grad_enabled():
             path.without_autograd.append(name)
         self.ever = True
 
@@ -226,6 +243,7 @@ class Recorder:
         path = stream.path if in_call else stream.outside
         if path is None:
             path = self.latest = Path(index, earlier=self.latest, outside=not in_call)
+            path.mask = stream.mask if in_call else None
             if in_call:
                 stream.path = path
             else:
@@ -332,6 +350,10 @@ class Enter(_CallHook):
     """Forward pre-hook: a call begins."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        self.begin(module, None)
+
+    def begin(self, module: nn.Module, call: Call | None) -> None:
+        """Tell the recorder."""
         recorder = self.recorder()
         if recorder is None:
             return
@@ -340,7 +362,18 @@ class Enter(_CallHook):
                 "FeatureFlow does not work under nn.DataParallel, whose replicas run in threads: use "
                 "DistributedDataParallel"
             )
-        recorder.enter(self.streams, self.whole, module.training)
+        recorder.enter(self.streams, self.whole, module.training, call)
+
+
+class EnterWithArguments(Enter):
+    """The same where masks are selected from what the call is given."""
+
+    def __init__(self, recorder: Recorder, module: nn.Module, streams: Sequence[int], whole: bool) -> None:
+        super().__init__(recorder, module, streams, whole)
+        self.names = positional(module)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        self.begin(module, Call(module, self.names, args, kwargs or {}))
 
 
 class Leave(_CallHook):
@@ -375,7 +408,11 @@ def watch_calls(
         held = [index for index, layers in enumerate(streams) if inside.issuperset(layers.values())]
         if held or not inner:
             # In front: a hook that raises before it would let a call end that has not begun.
-            enter, leave = Enter(recorder, module, held, not inner), Leave(recorder, module, held, not inner)
-            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            leave = Leave(recorder, module, held, not inner)
+            kind = EnterWithArguments if recorder.masks else Enter
+            enter: Any = kind(recorder, module, held, not inner)
+            handles.append(
+                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=bool(recorder.masks))
+            )
             handles.append(module.register_forward_hook(leave, always_call=True))
     return handles

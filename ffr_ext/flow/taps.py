@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import compiled, ops
 from .._torch import graph_task, transforms_active
 from ..autograd import DOUBLE_BACKWARD
+from ..reference import at_positions
 from ..stages import Layout, Stage, Sums, align, kernel_layouts, stage_features, with_layout
 
 _LOST = (
@@ -136,17 +137,19 @@ def collect(
     features: list[Tensor],
     stages: Sequence[Stage],
     sums: Sums,
+    padding: Tensor | None,
 ) -> Tensor:
     """The sums of `stages` (`functional.StatsMaker`), differentiable through the taps of the features."""
-    return Collect.apply(Walk(stages, sums), features, slots, *tokens)
+    return Collect.apply(Walk(stages, sums, padding), features, slots, *tokens)
 
 
 class Walk:
     """One call of the forward kernel, over stages of one device. A place is an index into its features."""
 
-    def __init__(self, stages: Sequence[Stage], sums: Sums) -> None:
+    def __init__(self, stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> None:
         self.stages = stages
         self.squared, self.leading, backend = sums
+        self.padding = padding  # where gradients are 0, whatever is there
         self.kernels = ops.flow_kernels(backend)
         self.groups = [stage.groups(self.leading) for stage in stages]
         self.stage_of: list[int] = []
@@ -236,6 +239,9 @@ class _Live:
             grad,
             accumulate,
         )
+        if walk.padding is not None:
+            self._used_on_this_stream([walk.padding])
+            grad.masked_fill_(at_positions(walk.padding, grad.dim()), 0)
         self._release(place)
 
     def _value(self, place: int) -> Tensor:

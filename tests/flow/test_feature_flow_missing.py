@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from flow_models import Tower, assert_gradients_close, gradients, make_flow, one_pass, outputs, penalty, views
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss
+from ffr_ext.flow.paths import reached
 from ffr_ext.schedules import WeightSchedule
 
 
@@ -197,3 +198,23 @@ def test_features_are_let_go_when_the_penalty_is_built() -> None:
         flow.begin_pass()
         flow.loss_for(model(x).mean())
         assert flow._recorder.features == []
+
+
+def test_the_graph_is_walked_no_further_than_to_the_nearest_feature_of_each_call() -> None:
+    """A step of a deep network must not pay for the depth of its graph."""
+    deep = nn.Sequential(*(nn.Tanh() for _ in range(500)))
+    model, (x, _) = Tower(), views()
+    with make_flow(model) as flow:
+        flow.begin_pass()
+        task = model(deep(x.requires_grad_())).mean()
+        wanted = [path.nodes() for path in flow._recorder.paths]
+        walked: list[Any] = []
+
+        class Counted(set[Any]):
+            def isdisjoint(self, nodes: Any) -> bool:
+                walked.extend(nodes)
+                return super().isdisjoint(nodes)
+
+        assert reached(task, [Counted(nodes) for nodes in wanted]) == [True]
+        assert len(walked) < 20
+        assert reached(torch.ones((), requires_grad=True) * 2, wanted) == [False]

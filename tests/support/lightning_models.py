@@ -90,6 +90,7 @@ class GAN(lightning.LightningModule):
         shared, penalty_of_shared = call(self.g, z) if self.order.startswith("one fake") else (None, 0.0)
 
         def discriminator() -> None:
+            self.g.requires_grad_(self.order != "frozen in turn")
             opt_d.zero_grad()
             fake = self.g(z) if shared is None else shared
             if self.order != "one fake, differentiated twice":
@@ -100,11 +101,14 @@ class GAN(lightning.LightningModule):
             opt_d.step()
 
         def generator() -> None:
+            self.g.requires_grad_()
+            self.d.requires_grad_(self.order != "frozen in turn")
             opt_g.zero_grad()
             fake, penalty = call(self.g, z) if shared is None else (shared, penalty_of_shared)
             answer, p = call(self.d, fake)
             backward(-answer.mean() + self.weigh("g", penalty) + self.weigh("d", p))
             opt_g.step()
+            self.d.requires_grad_()
 
         if self.order == "generator first":
             generator()

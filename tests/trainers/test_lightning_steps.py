@@ -26,7 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore
 
 # --- a GAN ----------------------------------------------------------------------------------------
 
-ORDERS = ["discriminator first", "generator first", "one fake", "one fake, differentiated twice"]
+ORDERS = [
+    "discriminator first",
+    "generator first",
+    "one fake",
+    "one fake, differentiated twice",
+    "frozen in turn",
+]
 
 
 @pytest.mark.parametrize("order", ORDERS)

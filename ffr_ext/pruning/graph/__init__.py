@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from .analysis import Analysis
 from .groups import ChannelGroup, ChannelGroups, channel_groups
-from .rules import layers, norms, pointwise, shape  # noqa: F401  they fill the table of rules
+from .rules import (  # noqa: F401  they fill the table of rules
+    attention,
+    contractions,
+    layers,
+    norms,
+    pointwise,
+    rearrange,
+    recurrent,
+    shape,
+    split,
+)
 from .solver import Options, Solver
 from .trace import TracedGraph, trace
 
