@@ -14,7 +14,6 @@ from ffr_ext import Compaction, compact, zero_small_filters
 from ffr_ext.pruning import prune_to
 from ffr_ext.pruning.measure import count_flops, count_parameters
 
-from .methods import Penalty
 from .training import Run, accuracy, step
 
 DIED = 1e-2  # effective scale at which a filter counts as dead
@@ -94,5 +93,5 @@ def _finetune(run: Run, model: nn.Module) -> None:
     model.train()
     for _ in range(settings.finetune_epochs):
         for x, y in batches(x_all, y_all, settings.batch_size, generator, run.split.images.augment):
-            step(model, optimizer, Penalty(), x, y)
+            step(model, optimizer, [], x, y)
             scheduler.step()

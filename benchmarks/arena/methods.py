@@ -1,13 +1,11 @@
 """What is compared: each method is a list of regularizers for a strength, and a way to cut.
 
-Every regularizer follows the protocol of `ffr_ext.regularizers`; `FeatureFlow` adds to the loss, the others add their
-gradients after the backward pass.
+Every regularizer follows the protocol of `ffr_ext.regularizers.base`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +13,10 @@ from torch import Tensor, nn
 
 from examples.models import flow_layers
 from ffr_ext import FeatureFlow
-from ffr_ext.regularizers import OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
+from ffr_ext.regularizers import BaseRegularizer, OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 
-
-@dataclass
-class Penalty:
-    """What a training step adds: penalties in the loss, gradients after the backward pass, a context around both."""
-
-    in_loss: Sequence[FeatureFlow] = ()
-    after_backward: Sequence[Any] = ()
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-Make = Callable[[nn.Module, Tensor, float], Penalty]
+# model, example, strength -> the regularizers of a step
+Make = Callable[[nn.Module, Tensor, float], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +31,8 @@ class Method:
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
 
 
-def none(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty()
+def none(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return []
 
 
 def ffr(
@@ -53,7 +42,7 @@ def ffr(
     layers: Sequence[str] | None = None,
     shares: tuple[float, float] = (1.0, 1.0),
     **options: Any,
-) -> Penalty:
+) -> list[Any]:
     """Feature flow regularization of the stem and the blocks; `shares` of the strength for length and curvature."""
     flow = FeatureFlow(
         model,
@@ -62,38 +51,37 @@ def ffr(
         curvature=strength * shares[1],
         **options,
     )
-    return Penalty(in_loss=[flow])
+    return [flow]
 
 
-def slimming(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty(after_backward=[ScaleLasso(model, weight=strength)])
+def slimming(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [ScaleLasso(model, weight=strength)]
 
 
-def group_lasso(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty(after_backward=[SparseGroupLasso(model, weight=strength, sparse=None)])
+def group_lasso(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [SparseGroupLasso(model, weight=strength, sparse=None)]
 
 
-def sparse_group_lasso_l0(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty(after_backward=[SparseGroupLasso(model, weight=strength, sparse="l0")])
+def sparse_group_lasso_l0(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [SparseGroupLasso(model, weight=strength, sparse="l0")]
 
 
-def oicsr(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty(after_backward=[OutInChannelLasso(model, example, weight=strength)])
+def oicsr(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [OutInChannelLasso(model, example, weight=strength)]
 
 
-def stress(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    context = Stress(model, example, attenuation=strength)
-    return Penalty(around=lambda: context)
+def stress(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [Stress(model, example, attenuation=strength)]
 
 
-class TorchPruning:
+class TorchPruning(BaseRegularizer):
     """Torch-Pruning's `GroupNormPruner.regularize`, somebody else's best, behind the same protocol."""
 
     def __init__(self, model: nn.Module, example: Tensor, weight: float) -> None:
         import torch_pruning
 
+        super().__init__(model)
         heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        self.model = model
         self.pruner = torch_pruning.pruner.GroupNormPruner(
             model,
             example,
@@ -106,20 +94,20 @@ class TorchPruning:
     def add_gradients_(self) -> None:
         self.pruner.regularize(self.model)
 
-    def step(self) -> None:
-        """It has no step of its own."""
+    def loss(self) -> Tensor:
+        """Its penalty is known by its gradient alone."""
+        raise NotImplementedError
 
 
-def torch_pruning(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-    return Penalty(after_backward=[TorchPruning(model, example, strength)])
+def torch_pruning(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [TorchPruning(model, example, strength)]
 
 
 def together(first: Make, second: Make, second_share: float) -> Make:
     """Both at once; the second with a fixed part of the strength."""
 
-    def make(model: nn.Module, example: Tensor, strength: float) -> Penalty:
-        a, b = first(model, example, strength), second(model, example, strength * second_share)
-        return Penalty([*a.in_loss, *b.in_loss], [*a.after_backward, *b.after_backward])
+    def make(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+        return [*first(model, example, strength), *second(model, example, strength * second_share)]
 
     return make
 
@@ -152,13 +140,13 @@ def _inner(model: nn.Module) -> list[str]:
 
 
 def _variant(name: str, kind: str, strengths: tuple[float, ...], **options: Any) -> Method:
-    def make(model: nn.Module, example: Tensor, strength: float) -> Penalty:
+    def make(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
         return ffr(model, example, strength, **options)
 
     return Method(name, kind, strengths, make)
 
 
-def _inner_features(model: nn.Module, example: Tensor, strength: float) -> Penalty:
+def _inner_features(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
     return ffr(model, example, strength, layers=_inner(model))
 
 

@@ -18,7 +18,7 @@ from examples.data import Images, batches, load
 from examples.models import build
 from ffr_ext.pruning import synthesize
 
-from .methods import ALL, Method, Penalty
+from .methods import ALL, Method, none
 
 GENERATIONS = (0.4, 0.6, 0.8)  # of the epochs: after these StressedNets draws who survives
 
@@ -91,9 +91,9 @@ class Run:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.finished = 0
         self.seconds = 0.0
-        self.penalty = self.new_penalty()
+        self.regularizers = self.new_regularizers()
 
-    def new_penalty(self) -> Penalty:
+    def new_regularizers(self) -> list[Any]:
         return self.method.make(self.model, self.example, self.settings.strength)
 
     def epoch(self) -> float:
@@ -102,15 +102,15 @@ class Run:
         self.model.train()
         total = 0.0
         x_all, y_all = self.split.train
-        for flow in self.penalty.in_loss:
-            flow.attach()
+        for regularizer in self.regularizers:
+            regularizer.attach()
         for x, y in batches(
             x_all, y_all, self.settings.batch_size, self.generator, self.split.images.augment
         ):
-            total += step(self.model, self.optimizer, self.penalty, x, y) * len(y)
+            total += step(self.model, self.optimizer, self.regularizers, x, y) * len(y)
             self.scheduler.step()
-        for flow in self.penalty.in_loss:
-            flow.detach()
+        for regularizer in self.regularizers:
+            regularizer.detach()
         self.finished += 1
         self.seconds += time.perf_counter() - begin
         if self.method.synthesis and self.finished in [int(g * self.settings.epochs) for g in GENERATIONS]:
@@ -122,7 +122,7 @@ class Run:
         generator = torch.Generator().manual_seed(1000 * self.settings.seed + self.finished)
         made = synthesize(self.model, self.example, optimizer=self.optimizer, generator=generator)
         self.model = made.model
-        self.penalty = self.new_penalty()
+        self.regularizers = self.new_regularizers()
 
     def train(self, folder: Path, report: Any = lambda run, loss: None) -> None:
         """Up to the last epoch, leaving a checkpoint after each."""
@@ -142,6 +142,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not callable(v)},
             "generator": self.generator.get_state(),
+            "regularizers": [regularizer.state_dict() for regularizer in self.regularizers],
         }
         part = folder / "checkpoint.part"
         torch.save(state, part)
@@ -163,7 +164,9 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.finished, self.seconds = state["finished"], state["seconds"]
-        self.penalty = self.new_penalty()
+        self.regularizers = self.new_regularizers()
+        for regularizer, kept in zip(self.regularizers, state["regularizers"], strict=True):
+            regularizer.load_state_dict(kept)
         return True
 
     def added_time(self, steps: int = 12) -> float:
@@ -174,12 +177,11 @@ class Run:
         for with_penalty in times:
             model = copy.deepcopy(self.model).train()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            penalty = (
-                self.method.make(model, self.example, self.settings.strength) if with_penalty else Penalty()
-            )
-            for flow in penalty.in_loss:
-                flow.attach()
-            variants[with_penalty] = (model, optimizer, penalty)
+            make = self.method.make if with_penalty else none
+            regularizers = make(model, self.example, self.settings.strength)
+            for regularizer in regularizers:
+                regularizer.attach()
+            variants[with_penalty] = (model, optimizer, regularizers)
         for turn in range(2 * (steps + 2)):
             with_penalty = bool((turn + turn // 2) % 2)  # A B B A ...: neither always goes first
             begin = time.perf_counter()
@@ -190,19 +192,25 @@ class Run:
         return middle[True] / middle[False] - 1
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, penalty: Penalty, x: Tensor, y: Tensor) -> float:
-    """One training step; the loss of the task."""
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, regularizers: list[Any], x: Tensor, y: Tensor
+) -> float:
+    """One training step as `ffr_ext.regularizers.base` writes it out; the loss of the task."""
     optimizer.zero_grad(set_to_none=True)
-    with penalty.around():
-        task = F.cross_entropy(model(x), y)
-        loss = task
-        for flow in penalty.in_loss:
-            loss = loss + flow.loss()
-        loss.backward()
-    for regularizer in penalty.after_backward:
-        regularizer.add_gradients_()
+    for regularizer in regularizers:
+        regularizer.before_forward()
+    task = F.cross_entropy(model(x), y)
+    loss = task
+    for regularizer in regularizers:
+        if regularizer.joins_loss:
+            loss = loss + regularizer.loss()
+    loss.backward()
+    for regularizer in regularizers:
+        regularizer.after_backward()
+        if not regularizer.joins_loss:
+            regularizer.add_gradients_()
     optimizer.step()
-    for regularizer in penalty.after_backward:
+    for regularizer in regularizers:
         regularizer.step()
     return float(task.detach())
 

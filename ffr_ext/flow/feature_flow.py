@@ -136,6 +136,7 @@ class FeatureFlow(BaseRegularizer):
         )
         self._handles: list[RemovableHandle] = []
         self._watches_inner_calls = False
+        self._ends_with_loss = False  # the pass that is open, since it was begun by `before_forward`
         self._last_terms: Callable[[], FlowTerms] | None = None
 
     @property
@@ -220,14 +221,21 @@ class FeatureFlow(BaseRegularizer):
         return self._recorder.by_hand
 
     def before_forward(self) -> None:
-        """:meth:`begin_pass`, as trainers call it."""
+        """:meth:`begin_pass`; the pass ends with :meth:`loss`, or in :meth:`after_backward`."""
         self.begin_pass()
+        self._ends_with_loss = True
 
     def after_backward(self) -> None:
         """End the pass and let go of what no loss was built from."""
         if self.in_pass:
             self.end_pass()
+        self._ends_with_loss = False
         self._recorder.clear()
+
+    def _end_with_loss(self) -> None:
+        if self._ends_with_loss and self.in_pass:
+            self.end_pass()
+        self._ends_with_loss = False
 
     def passed_by(self) -> bool:
         """Whether a backward pass has gone through a call of the pass by hand of which no penalty was built."""
@@ -286,6 +294,7 @@ class FeatureFlow(BaseRegularizer):
                 message names the layer.
             ValueError: the features make no term, or the keywords do not fit (see :func:`ffr_loss`).
         """
+        self._end_with_loss()
         paths = self._joined(self._checked())
         self._recorder.clear(State.TAKEN)
         return self._build(paths)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from flow_models import ResidualNet, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ffr_ext import FeatureFlow
 from ffr_ext.regularizers import OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 from ffr_ext.schedules import WeightSchedule
 
@@ -245,3 +247,43 @@ def test_accelerate(kind: str) -> None:
                     regularizer.step()
                     schedule.step()
     assert_same(model, kind, micro=2)
+
+
+def test_the_step_that_the_protocol_writes_out_holds_for_penalties_of_features_and_of_weights() -> None:
+    """`ffr_ext.regularizers.base`, word for word; a step without a loss of the flow leaves nothing behind."""
+    x = images()
+    y = torch.arange(len(x)) % 10
+    by_protocol, by_hand = ResidualNet(), ResidualNet()
+    by_hand.load_state_dict(by_protocol.state_dict())
+    regularizers = [
+        FeatureFlow(by_protocol, norm="l2_squared").attach(),
+        ScaleLasso(by_protocol, weight=0.01),
+    ]
+    optimizer = torch.optim.SGD(by_protocol.parameters(), lr=0.1)
+    for use_penalty in (True, False, True):
+        optimizer.zero_grad()
+        for reg in regularizers:
+            reg.before_forward()
+        loss = F.cross_entropy(by_protocol(x), y)
+        for reg in regularizers:
+            if reg.joins_loss and use_penalty:
+                loss = loss + reg.loss()
+        loss.backward()
+        for reg in regularizers:
+            reg.after_backward()
+            if not reg.joins_loss:
+                reg.add_gradients_()
+        optimizer.step()
+        for reg in regularizers:
+            reg.step()
+    plain = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    lasso = ScaleLasso(by_hand, weight=0.01)
+    with FeatureFlow(by_hand, norm="l2_squared") as flow:
+        for use_penalty in (True, False, True):
+            plain.zero_grad()
+            loss = F.cross_entropy(by_hand(x), y)
+            (loss + flow.loss() if use_penalty else loss).backward()
+            lasso.add_gradients_()
+            plain.step()
+    for a, b in zip(by_protocol.state_dict().values(), by_hand.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
