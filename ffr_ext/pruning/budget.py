@@ -18,8 +18,8 @@ from ..checks import at_least_one, check_choice
 from ..models import as_call, copy_without_hooks, deep_copy
 from .compaction import Compaction, compact
 from .graph.analysis import Analysis
-from .graph.costs import Costs
 from .graph.groups import SCOPES, ChannelGroups, groups_of
+from .graph.groups.costs import Costs
 from .graph.solver import Options, Solver
 from .graph.states import on_cpu
 from .graph.trace import trace

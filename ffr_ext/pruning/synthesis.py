@@ -14,8 +14,8 @@ from ..checks import at_least_one, check_choice
 from ..models import all_tensors, canonical_names, deep_copy
 from .compaction import Compaction, compact
 from .graph.groups import SCOPES, ChannelGroups, channel_groups
-from .graph.shards import local_parts
-from .graph.survival import LEVELS, check_environment, check_generator, draw_channels, draw_synapses
+from .graph.groups.shards import local_parts
+from .graph.groups.survival import LEVELS, check_environment, check_generator, draw_channels, draw_synapses
 from .ranks import check_same_on_all_ranks
 from .scale import find_layers
 from .surgery import optimizer as optimizer_state

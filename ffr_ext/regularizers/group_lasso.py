@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import check_choice
 from ..pruning.graph.groups import channel_groups
-from ..pruning.graph.shards import Local, sum_over_ranks
-from ..pruning.graph.slices import Axis, Slices
+from ..pruning.graph.groups.shards import Local, sum_over_ranks
+from ..pruning.graph.groups.slices import Axis, Slices
 from ..pruning.graph.states import on_cpu
 from ..pruning.scale import find_layers
 from .oicsr import check_channels, families

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pruning.graph.groups import ChannelGroups, channel_groups
-from ..pruning.graph.slices import Axis, Slices
+from ..pruning.graph.groups.slices import Axis, Slices
 from .penalty import GroupPenalty, check_regularizes_something
 
 

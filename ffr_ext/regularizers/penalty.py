@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice
-from ..pruning.graph.shards import Local, local_parts
-from ..pruning.graph.slices import Slices
+from ..pruning.graph.groups.shards import Local, local_parts
+from ..pruning.graph.groups.slices import Slices
 from ..pruning.norms import filter_norms
 from .base import BaseRegularizer, finite
 from .fused import add_scaled_, row_column_norms, shrink_

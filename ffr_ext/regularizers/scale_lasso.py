@@ -8,7 +8,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ..pruning.filters import BatchNorm
-from ..pruning.graph.slices import Axis, Slices
+from ..pruning.graph.groups.slices import Axis, Slices
 from ..pruning.graph.states import on_cpu
 from .penalty import GroupPenalty, check_regularizes_something
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..checks import at_least_one, check_choice
 from ..models import canonical_names
 from ..pruning.graph.groups import ChannelGroups, channel_groups
-from ..pruning.graph.shards import local_parts
-from ..pruning.graph.slices import Axis, Slices
-from ..pruning.graph.survival import LEVELS, check_generator, draw_channels, draw_synapses, scale_axes
+from ..pruning.graph.groups.shards import local_parts
+from ..pruning.graph.groups.slices import Axis, Slices
+from ..pruning.graph.groups.survival import LEVELS, check_generator, draw_channels, draw_synapses, scale_axes
 from ..pruning.scale import find_layers
 from .base import BaseRegularizer, finite
 from .oicsr import check_channels

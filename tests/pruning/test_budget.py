@@ -344,7 +344,7 @@ def test_wrong_arguments_are_named(options: dict[str, Any], error: type[Exceptio
 
 def test_the_counted_costs_are_the_measured_ones() -> None:
     from ffr_ext.pruning.graph import Analysis, Options, Solver, trace
-    from ffr_ext.pruning.graph.costs import Costs
+    from ffr_ext.pruning.graph.groups.costs import Costs
 
     for make in NETS.values():
         model = make().eval()

@@ -12,7 +12,7 @@ from pruning_models import Residual, fingerprint
 from torch import nn
 
 from ffr_ext.pruning import channel_groups, synthesize
-from ffr_ext.pruning.graph.survival import channel_survival
+from ffr_ext.pruning.graph.groups.survival import channel_survival
 
 X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..states import on_cpu
 from .shards import Local, local_parts, sum_over_ranks
-from .states import on_cpu
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ... import _torch
-from ...checks import check_choice
-from ...models import as_call, copy_without_hooks, find_wrapper
-from ..norms import filter_norms
-from .analysis import Analysis
+from .... import _torch
+from ....checks import check_choice
+from ....models import as_call, copy_without_hooks, find_wrapper
+from ...norms import filter_norms
+from ..analysis import Analysis
+from ..solver import Options, Solver
+from ..states import on_cpu
+from ..trace import TracedGraph, op_name, trace
 from .slices import Axis, Slices
-from .solver import Options, Solver
-from .states import on_cpu
-from .trace import TracedGraph, op_name, trace
 
 SCOPES = ("inner", "all")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import _torch
-from .analysis import Analysis, Flow
-from .solver import Solver
-from .states import on_cpu
-from .trace import op_name
+from .... import _torch
+from ..analysis import Analysis, Flow
+from ..solver import Solver
+from ..states import on_cpu
+from ..trace import op_name
 
 
 class Costs:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import filter_norms
-from .groups import ChannelGroups
+from ...norms import filter_norms
+from .channel_groups import ChannelGroups
 from .shards import Local, max_over_ranks
 from .slices import Axis
 
