@@ -4,6 +4,7 @@ python -m benchmarks            all benchmarks, on the GPU if there is one, else
 python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write
 python -m benchmarks loss --processes 5       medians over fresh processes
 python -m benchmarks step --device cuda
+python -m benchmarks arena --help             which method, for which budget, at what cost
 python -m benchmarks report     tables, plots and the README's table from the results on disk
 """
 
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from . import bench_compaction, bench_loss, bench_scaling, bench_step, processes, report, results
+from . import (
+    bench_compaction,
+    bench_groups,
+    bench_loss,
+    bench_scaling,
+    bench_step,
+    processes,
+    report,
+    results,
+)
 from .harness import QUICK, Options, Row
 
 BENCHES = {
@@ -24,6 +34,7 @@ BENCHES = {
     "scaling": bench_scaling.main,
     "step": bench_step.main,
     "compaction": bench_compaction.main,
+    "groups": bench_groups.main,
 }
 
 
@@ -48,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--rows", type=Path, help=argparse.SUPPRESS
     )  # where a process of many leaves its rows
     given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["arena"]:
+        from .arena import main as arena  # trains: needs the examples' networks and data
+
+        return arena.main(given[1:])
     options = parser.parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)

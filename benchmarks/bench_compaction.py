@@ -1,12 +1,11 @@
 """Compaction of ResNet-50 (from transformers): the gather and the norms alone, and the whole of it.
 
 Kernels: every weight, bias and buffer of the network, half of the filters kept; `compact_filters` in one call
-("gather": checked, into new tensors; "gather kernel": neither) beside `torch.index_select` per tensor,
-`filter_norms` beside `torch.linalg.vector_norm` per tensor. Whole:
-`compact`, which finds the dead channels itself and checks the result, beside Torch-Pruning, which is told the
-same channels and checks nothing. The error is that of the outputs against the model with its dead filters
-still in. In "zeros" every dead channel is 0 behind its activation; in "constants" half of them are not, and
-somebody has to take the constants up.
+("gather") beside `torch.index_select` per tensor, `filter_norms` beside `torch.linalg.vector_norm` per
+tensor. Whole: `compact`, which finds the dead channels itself and checks the result, beside Torch-Pruning,
+which is told the same channels and checks nothing. The error is that of the outputs against the model with
+its dead filters still in. In "zeros" every dead channel is 0 behind its activation; in "constants" half of
+them are not, and somebody has to take the constants up.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffr_ext import backends, compact, compact_filters, filter_norms, ops
+from ffr_ext import backends, compact, compact_filters, filter_norms
 
 from . import networks
 from .harness import Effort, Options, Row, Subject, measure
@@ -93,7 +91,6 @@ def kernel_rows(options: Options) -> list[Row]:
     )
     all_bytes = sum(t.numel() * t.element_size() for t in tensors)
     expected = [t.index_select(0, k) for t, k in zip(tensors, on_device, strict=True)]
-    outs = [torch.empty_like(t) for t in expected]
     norms = [t.double().flatten(1).norm(dim=1) if t.dim() > 1 else t.double().abs() for t in tensors]
 
     def gather(run: Callable[[], list[Tensor]]) -> Subject:
@@ -118,21 +115,13 @@ def kernel_rows(options: Options) -> list[Row]:
             lambda: [t.index_select(0, k) for t, k in zip(tensors, on_device, strict=True)]
         )
     }
-    # The same into tensors that are there, without the checks of the arguments: the kernels alone.
-    fills: dict[str, Callable[[int], Subject]] = {
-        "index_select": lambda i: gather(
-            partial(_each, lambda t, k, o: torch.index_select(t, 0, k, out=o), tensors, on_device, outs)
-        )
-    }
     reductions: dict[str, Callable[[int], Subject]] = {"vector_norm": lambda i: reduce(eager_norms)}
     for name in _backends(device):
         gathers[name] = lambda i, name=name: gather(lambda: compact_filters(tensors, keep, backend=name))
-        fills[name] = lambda i, name=name: gather(partial(_filled, name, tensors, on_device, outs))
         reductions[name] = lambda i, name=name: reduce(lambda: filter_norms(tensors, backend=name))
     rows = []
     for mode, build, moved in (
         ("gather", gathers, 2 * kept_bytes),
-        ("gather kernel", fills, 2 * kept_bytes),
         ("norms", reductions, all_bytes),
     ):
         if options.wants("modes", mode):
@@ -150,15 +139,6 @@ def kernel_rows(options: Options) -> list[Row]:
             options.report(got)
             rows += got
     return rows
-
-
-def _each(function: Callable[..., Tensor], *lists: list[Tensor]) -> list[Tensor]:
-    return [function(*items) for items in zip(*lists, strict=True)]
-
-
-def _filled(name: str, tensors: list[Tensor], keep: list[Tensor], outs: list[Tensor]) -> list[Tensor]:
-    ops.filter_kernels(name).compact(tensors, keep, [0] * len(tensors), outs)
-    return outs
 
 
 def _backends(device: torch.device) -> list[str]:

@@ -114,7 +114,7 @@ def check_dense_weights(model: nn.Module, caller: str) -> None:
         weight = getattr(module, "weight", None)
         packed = isinstance(weight, nn.Parameter) and not (weight.is_floating_point() or weight.is_complex())
         quantised = any(".quantized." in f"{c.__module__}." for c in type(module).__mro__)
-        if quantised or (packed and isinstance(module, nn.Linear | nn.modules.conv._ConvNd)):
+        if quantised or (packed and isinstance(module, _LAYERS)):
             kind = type(module)
             raise ValueError(
                 f"{caller}: model: {path or 'it'} is quantised ({kind.__module__}.{kind.__name__}): {_FIRST}"
@@ -131,7 +131,33 @@ def check_no_fake_quantisation(model: nn.Module, caller: str) -> None:
             )
 
 
+_LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _FIRST = "compact before you quantise, shard or otherwise wrap the weights, and do that to the result"
+
+
+# What torch wraps models in: classes whose inside is not the user's module as it was written.
+_WRAPPERS = {
+    "DistributedDataParallel",
+    "DataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
+
+
+def find_wrapper(model: nn.Module, caller: str) -> tuple[str, str] | None:
+    """The first wrapper of torch's in a model: its class name, and " at path" for messages. TypeError for no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model: expected an nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
+                return base.__name__, f" at {path}" if path else ""
+    return None
 
 
 def deep_copy(model: nn.Module) -> nn.Module:

@@ -21,7 +21,8 @@ int main(int argc, char** argv) {
   const ffr::DimSplit split{columns ? each : 1, filters, columns ? 1 : each};
   const ffr::NormTensor tensor{dtype, split, weight};
   std::vector<double> norms(static_cast<size_t>(filters));
-  ffr::filter_norms(&tensor, 1, 2.0, norms.data(), ffr::serial_for);
+  double* out = norms.data();
+  ffr::filter_norms(&tensor, 1, 2.0, &out, ffr::serial_for);
   std::puts(ffr::cpu_isa_name());
   return 0;
 }

@@ -8,45 +8,12 @@
 
 #include "rows.h"
 #include "stream.h"
+#include "work.h"
 
 namespace ffr {
 namespace {
 
-// Work per chunk: enough to make a thread's start-up negligible, little enough to share one layer among
-// threads.
-constexpr int64_t kChunkElements = 32768;
 constexpr int64_t kChunkBytes = 131072;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The work on a list of tensors, one after another, in whatever unit: `total` for each, in chunks of `chunk`.
-struct Work {
-  std::vector<int64_t> first{0};  // of tensor i, in the list's work; and the end of all
-  std::vector<int64_t> chunk;
-
-  void add(int64_t total, int64_t of_chunk) {
-    first.push_back(first.back() + total);
-    chunk.push_back(std::max<int64_t>(of_chunk, 1));
-  }
-};
-
-// A parallel loop over the chunks of all tensors, body(tensor, chunk). Threads get equal shares of the work,
-// not of the chunks: half of the tensors of a network are vectors, and most of them belong to its first half.
-template <typename F>
-void for_each_chunk(const Work& work, int64_t grain, ParallelFor parallel_for, const F& body) {
-  const auto& first = work.first;
-  parallel_call(parallel_for, first.back(), grain, [&](int64_t begin, int64_t end) {
-    auto tensor =
-        static_cast<size_t>(std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1);
-    for (; tensor < work.chunk.size() && first[tensor] < end; ++tensor) {
-      // The chunks that begin in [begin, end).
-      const int64_t size = work.chunk[tensor], offset = first[tensor];
-      const int64_t stop = std::min(end, first[tensor + 1]) - offset;
-      for (int64_t chunk = ceil_div(std::max<int64_t>(begin - offset, 0), size); chunk * size < stop; ++chunk)
-        body(tensor, chunk);
-    }
-  });
-}
 
 // Filters whose elements lie in many short runs (dim 1, or channels_last) or in one very short run (a bias):
 // a column of sums for each place in a run is kept, and the runs of neighbouring filters are added to the
@@ -63,12 +30,6 @@ int64_t filters_per_chunk(const DimSplit& split) {
   // At least 128 elements side by side, so that a chunk does not share most of its cache lines with the next.
   const int64_t inner = std::max<int64_t>(split.inner, 1);
   return std::clamp(wanted, ceil_div(128, inner), kColumns / inner);
-}
-
-// A NaN gets into the maximum by the second test, and stays since nothing is greater than it.
-double combine(Norm norm, double a, double b) {
-  if (norm != Norm::kInf) return a + b;
-  return (b > a || b != b) ? b : a;
 }
 
 void norms_of_chunk(const NormTensor& tensor, Norm norm, int64_t begin, int64_t end, double* norms) {
@@ -188,22 +149,19 @@ bool split_at_dim(const int64_t* sizes, const int64_t* strides, int64_t rank, in
   return true;
 }
 
-void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
+void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* const* norms,
                   ParallelFor parallel_for) {
-  const Norm norm = p == 1.0 ? Norm::kL1 : p == 2.0 ? Norm::kL2 : Norm::kInf;
+  const Norm norm = norm_of(p);
   Work work;  // in elements, and for each filter what its root and its share of the calls cost
-  std::vector<double*> outputs;
   for (int64_t i = 0; i < num_tensors; ++i) {
     const DimSplit& split = tensors[i].split;
     const int64_t of_filter = split.outer * split.inner + 8;
     work.add(split.dim * of_filter, filters_per_chunk(split) * of_filter);
-    outputs.push_back(norms);
-    norms += split.dim;
   }
   for_each_chunk(work, kChunkElements, parallel_for, [&](size_t number, int64_t chunk) {
     const NormTensor& tensor = tensors[number];
     const int64_t size = filters_per_chunk(tensor.split), begin = chunk * size;
-    norms_of_chunk(tensor, norm, begin, std::min(begin + size, tensor.split.dim), outputs[number]);
+    norms_of_chunk(tensor, norm, begin, std::min(begin + size, tensor.split.dim), norms[number]);
   });
 }
 

@@ -25,9 +25,9 @@ struct NormTensor {
   const void* data;
 };
 
-// p is 1, 2 or infinity. norms: split.dim entries per tensor, tensor after tensor, accumulated in fp64. NaN
-// gives NaN for every p; a filter without elements has norm 0.
-void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
+// p is 1, 2 or infinity. norms[i]: the split.dim entries of tensor i, accumulated in fp64. NaN gives NaN for
+// every p; a filter without elements has norm 0.
+void filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* const* norms,
                   ParallelFor parallel_for);
 
 struct GatherTensor {

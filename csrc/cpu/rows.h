@@ -1,9 +1,10 @@
 // Row kernels: the innermost loops, over one tile of one feature or over one run of a filter. Compiled once
 // for each instruction set: rows_default.cpp, rows_avx2.cpp and rows_avx512.cpp include the same text, in
-// five parts,
+// six parts,
 //   block.inc           a block of elements in vector registers
 //   block_portable.inc  packing, unpacking and conversion that the AVX files replace in part by their own
 //   norms_impl.inc      norms of filters
+//   pairs_impl.inc      rows and columns of weights
 //   rows_impl.inc       forward and backward pass
 //   rows_table.inc      the table of these
 // inside an unnamed namespace, under the file's target attributes. Every instruction set gives bit-identical
@@ -20,7 +21,7 @@ namespace ffr {
 
 // Bytes of one feature in a tile of the forward and of the backward pass. Three features' tiles are read at
 // once in the forward pass: 24 KiB, which fit an L1 cache of 32 KiB. The backward pass writes long runs
-// instead (docs/performance.md, "CPU kernels").
+// instead (docs/log/cpu-kernels.md).
 constexpr int64_t kForwardTileBytes = 8192;
 constexpr int64_t kMostBackwardTileBytes = 131072;
 // Elements handled per step; rows start on multiples of it within a group, and only a group's last row may
@@ -48,8 +49,25 @@ constexpr int kNumNorms = 3;
 // sum |x|, sum x^2 or max |x| of `count` elements side by side, in fp64; NaN gives NaN.
 using NormOfRun = double (*)(const void* x, int64_t count);
 
+inline Norm norm_of(double p) { return p == 1.0 ? Norm::kL1 : p == 2.0 ? Norm::kL2 : Norm::kInf; }
+
+// A NaN gets into the maximum by the second test, and stays since nothing is greater than it.
+inline double combine(Norm norm, double a, double b) {
+  if (norm != Norm::kInf) return a + b;
+  return (b > a || b != b) ? b : a;
+}
+
 // The same element by element: columns[i] takes x[i] in. There is room for a multiple of 32 columns.
 using AddNormColumns = void (*)(const void* x, int64_t count, double* columns);
+
+// Both in one pass.
+using AddNorms = double (*)(const void* x, int64_t count, double* columns);
+
+// `count` elements of grad += weight * (factor + factors + slope [|weight| <= tau]), and of weight *= factor
+// * factors, then 0 where |weight| <= tau. Factors are fp32, of fp64 weights fp64.
+using AddScaledRun = void (*)(void* grad, const void* weight, const void* factors, double factor,
+                              int64_t count, double slope, double tau);
+using ShrinkRun = void (*)(void* weight, const void* factors, double factor, int64_t count, double tau);
 
 // How a gradient gets to memory: over what is there, added to it, or over it and past the cache (float16 and
 // gradients that do not lie on whole vectors are stored instead).
@@ -65,6 +83,9 @@ struct RowKernels {
   BackwardSquaredRow backward_squared[kNumDTypes][kNumWrites];
   NormOfRun norm_of_run[kNumDTypes][kNumNorms];
   AddNormColumns add_norm_columns[kNumDTypes][kNumNorms];
+  AddNorms add_norms[kNumDTypes][kNumNorms];
+  AddScaledRun add_scaled[kNumDTypes];
+  ShrinkRun shrink[kNumDTypes];
 };
 
 const RowKernels& default_rows();

@@ -149,6 +149,7 @@ struct SignLookup<float> {
 };
 
 #include "norms_impl.inc"
+#include "pairs_impl.inc"
 #include "rows_impl.inc"
 #include "rows_table.inc"
 

@@ -146,6 +146,7 @@ struct SignLookup<float> {
 };
 
 #include "norms_impl.inc"
+#include "pairs_impl.inc"
 #include "rows_impl.inc"
 #include "rows_table.inc"
 

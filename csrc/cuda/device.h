@@ -1,5 +1,6 @@
 // What the kernels ask of the hardware by name, and how they are launched. Each function has a second body in
-// plain C++: tests/cuda_on_cpu compiles the kernels with the host's compiler and runs them without a GPU.
+// plain C++: tests/support/cuda_on_cpu compiles the kernels with the host's compiler and runs them without a
+// GPU.
 #pragma once
 
 #include <stdint.h>

@@ -155,7 +155,7 @@ int32_t widest_unit(const GatherTensor& tensor, int64_t row_bytes) {
 
 }  // namespace
 
-int filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* norms,
+int filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, double* const* norms,
                  void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   NormArgs args = {};
@@ -174,9 +174,8 @@ int filter_norms(const NormTensor* tensors, int64_t num_tensors, double p, doubl
     const DimSplit& split = tensors[i].split;
     blocks += filters;
     args.items[used++] = {tensors[i].data, split.inner > 0 ? split.outer : 0, split.inner,
-                          norms,           static_cast<uint32_t>(filters),    static_cast<uint32_t>(blocks),
+                          norms[i],        static_cast<uint32_t>(filters),    static_cast<uint32_t>(blocks),
                           tensors[i].dtype};
-    norms += filters;
   }
   return cudaSuccess;
 }

@@ -127,7 +127,7 @@ __device__ __forceinline__ void walk(const BackwardArgs& args, const BackwardPie
     }
   }
   // Of the stage's last plane only d exists, and its last gradient has no plane.
-  if (kSquared && piece.planes + 1 == piece.features) {
+  if (kSquared && piece.planes > 0 && piece.planes + 1 == piece.features) {
     const int plane = piece.planes - 1;
     const C a = firsts[plane];
     C value[V];
@@ -245,7 +245,7 @@ class BackwardLaunch {
 };
 
 // Gradients of features begin .. end, of which `grads` are the pointers.
-cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Work& work, bool squared,
+cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Chunks& chunks, bool squared,
                       const uint8_t* signs, const double* coef, int64_t begin, int64_t end,
                       void* const* grads, bool accumulate) {
   const StageShape& shape = stage.shape;
@@ -255,7 +255,6 @@ cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Work
   const int64_t plane = std::max<int64_t>(begin - 2, 0);  // the first that reaches into gradient `begin`
   const int64_t planes_end = std::min(end, firsts);
   const int64_t features_end = squared ? std::min(planes_end + 2, shape.length) : plane;
-  const Chunks chunks = work.chunks(stage);
 
   BackwardPiece piece = {};
   piece.group_numel = shape.numel / shape.groups;
@@ -296,8 +295,9 @@ int flow_backward(const StageView* stages, int64_t num_stages, bool squared, con
       if (stage.dtype == dtype && stage.shape.numel > 0) {
         for (int64_t begin = 0; begin < stage.shape.length; begin += longest) {
           const int64_t end = std::min(begin + longest, stage.shape.length);
-          const cudaError_t error = add_piece(launch, stage, work, squared, stage_signs, stage_coef, begin,
-                                              end, stage.grads + begin, false);
+          const cudaError_t error =
+              add_piece(launch, stage, work.chunks(stage, end - begin), squared, stage_signs, stage_coef,
+                        begin, end, stage.grads + begin, false);
           if (error) return error;
         }
       }
@@ -316,8 +316,8 @@ int flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs,
   one.shape.length = 1;
   const Work work(&one, 1, kBackwardBlocks);
   BackwardLaunch launch(stage.dtype, squared, static_cast<cudaStream_t>(stream_handle));
-  const cudaError_t error =
-      add_piece(launch, stage, work, squared, signs, coef, index, index + 1, &grad, accumulate);
+  const cudaError_t error = add_piece(launch, stage, work.chunks(one, 1), squared, signs, coef, index,
+                                      index + 1, &grad, accumulate);
   return error ? error : launch.run();
 }
 

@@ -88,9 +88,9 @@ __device__ __forceinline__ Compute<T> magnitude(const Compute<T> (&x)[kVec<T>]) 
   return sum;
 }
 
-// Blocks on a multiprocessor, as many as registers without spilling allow (tests/native/test_gpu_compile.py holds
-// this): a block has 16 KiB in flight, an H200 wants about 25 for each of its multiprocessors (4.8 TB/s x 0.7
-// us / 132).
+// Blocks on a multiprocessor, as many as registers without spilling allow (tests/native/test_gpu_compile.py
+// holds this): a block has 16 KiB in flight, an H200 wants about 25 for each of its multiprocessors (4.8 TB/s
+// x 0.7 us / 132).
 template <typename T, Mode mode>
 constexpr int resident_blocks() {
   return sizeof(T) == 4 ? 4 : sizeof(T) == 8 || mode == Mode::kAbsSigns ? 2 : 3;
@@ -318,14 +318,14 @@ StageView as_one_group(StageView stage) {
 }
 
 int64_t scratch_of(const StageView& stage, const Work& work) {
-  const int64_t chunks = work.chunks(stage).count;
+  const int64_t chunks = work.chunks(stage, stage.shape.length).count;
   return chunks > 1 ? stats_entries(stage.shape) * chunks : 0;
 }
 
 cudaError_t add_stage(ForwardLaunch& launch, const StageView& stage, const Work& work, uint8_t* signs,
                       double* slots) {
   const StageShape& shape = stage.shape;
-  const Chunks chunks = work.chunks(stage);
+  const Chunks chunks = work.chunks(stage, stage.shape.length);
   const bool vector = groups_aligned(stage) && std::all_of(stage.features, stage.features + shape.length,
                                                            [](const void* p) { return aligned(p); });
   const int64_t firsts = num_first(shape), seconds = num_second(shape);
@@ -368,7 +368,7 @@ cudaError_t add_slots(const StageView* stages, int64_t num_stages, const Work& w
     const int64_t entries = stats_entries(stages[i].shape), slots = scratch_of(stages[i], work);
     if (slots > 0) {
       rows += entries;
-      args.stages[used++] = {scratch, stats, work.chunks(stages[i]).count, rows};
+      args.stages[used++] = {scratch, stats, work.chunks(stages[i], stages[i].shape.length).count, rows};
     }
     stats += entries;
     scratch += slots;
@@ -386,7 +386,8 @@ int64_t flow_forward_scratch(const StageView* stages, int64_t num_stages, bool s
     total += scratch_of(stages[i], work);
     if (needs_two_passes(stages[i], signs)) {
       const StageView whole = as_one_group(stages[i]);
-      signs_pass = std::max(signs_pass, stats_entries(whole.shape) * work.chunks(whole).count);
+      signs_pass =
+          std::max(signs_pass, stats_entries(whole.shape) * work.chunks(whole, whole.shape.length).count);
     }
   }
   return total + signs_pass;

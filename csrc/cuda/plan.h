@@ -62,9 +62,10 @@ struct Work {
     return std::max<int64_t>(ceil_div(stage.shape.numel / stage.shape.groups, tile_elements(stage.dtype)), 1);
   }
 
-  Chunks chunks(const StageView& stage) const {
+  // `features`: those that a block walks through, of the whole stage or of a piece.
+  Chunks chunks(const StageView& stage, int64_t features) const {
     const int64_t tiles = group_tiles(stage);
-    const int64_t wanted = std::max<int64_t>(per_block / std::max<int64_t>(stage.shape.length, 1), 1);
+    const int64_t wanted = std::max<int64_t>(per_block / std::max<int64_t>(features, 1), 1);
     const int64_t count = ceil_div(tiles, wanted);
     return {ceil_div(tiles, count), count};
   }

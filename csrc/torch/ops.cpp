@@ -1,15 +1,17 @@
-// The ops: their schemas (docs/design.md, section 5), and the CPU implementations, which check the arguments
-// and hand plain pointers to csrc/cpu. csrc/torch/ops_cuda.cpp does the same for CUDA.
+// The CPU implementations of the ops, whose schemas ffr_ext/ops.py declares: they check the arguments and
+// hand plain pointers to csrc/cpu. csrc/torch/ops_cuda.cpp does the same for CUDA.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/flow.h"
 #include "checks.h"
 #include "filter_checks.h"
+#include "group_checks.h"
 
 namespace ffr {
 namespace {
@@ -61,78 +63,50 @@ void flow_backward_at_cpu(const std::vector<Tensor>& features, const Tensor& sig
 
 void filter_norms_cpu(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims, double p,
                       const Tensor& out) {
-  const std::vector<NormTensor> tensors = check_filter_norms(weights, dims, p, out);
-  filter_norms(tensors.data(), size_of(tensors), p, static_cast<double*>(out.mutable_data_ptr()),
-               torch_threads);
+  const Norms norms = check_filter_norms(weights, dims, p, out);
+  filter_norms(norms.one.data(), size_of(norms.one), p, norms.outs.data(), torch_threads);
+  row_column_norms(norms.both.data(), size_of(norms.both), p, torch_threads);
 }
 
-void compact_filters_cpu(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
-                         const std::vector<int64_t>& dims, const std::vector<Tensor>& outs) {
-  const std::vector<GatherTensor> gathers = check_compact_filters(tensors, keep, dims, outs);
+void add_scaled_cpu(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& rows, const std::vector<Tensor>& columns,
+                    const std::vector<double>& slopes, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(&grads, weights, rows, columns, &slopes, taus);
+  add_scaled(tensors.data(), size_of(tensors), torch_threads);
+}
+
+void shrink_cpu(const std::vector<Tensor>& weights, const std::vector<Tensor>& rows,
+                const std::vector<Tensor>& columns, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(nullptr, weights, rows, columns, nullptr, taus);
+  shrink(tensors.data(), size_of(tensors), torch_threads);
+}
+
+// The first gather whose indices are out of range or not unique, or -1.
+int64_t first_wrong(const std::vector<GatherTensor>& gathers) {
   std::vector<bool> taken;
   for (int64_t i = 0; i < size_of(gathers); ++i) {
     const GatherTensor& gather = gathers[i];
     taken.assign(gather.split.dim, false);
     for (int64_t k = 0; k < gather.num_keep; ++k) {
       const int64_t filter = gather.keep[k];
-      STD_TORCH_CHECK(filter >= 0 && filter < gather.split.dim, Name{"keep", i}, " must be in [0, ",
-                      gather.split.dim, "), got ", filter);
-      STD_TORCH_CHECK(!taken[filter], Name{"keep", i}, " must be unique, got ", filter, " more than once");
+      if (filter < 0 || filter >= gather.split.dim || taken[filter]) return i;
       taken[filter] = true;
     }
   }
-  compact_filters(gathers.data(), size_of(gathers), torch_threads);
+  return -1;
 }
 
-// On any device: allocates, and touches nothing.
-std::vector<Tensor> new_compacted(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
-                                  const std::vector<int64_t>& dims) {
-  check_one_each("keep", keep.size(), tensors.size());
-  check_one_each("dims", dims.size(), tensors.size());
-  std::vector<Tensor> outs;
-  outs.reserve(tensors.size());
-  for (int64_t i = 0; i < size_of(tensors); ++i) {
-    const Tensor& source = tensors[i];
-    check_dim({"tensors", i}, source, {"dims", i}, dims[i]);
-    const KeptLayout layout = kept_layout(source, dims[i], keep[i].numel());
-    int32_t dtype, device_type;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(source.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(source.get(), &device_type));
-    AtenTensorHandle out;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(source.dim(), layout.sizes.data(), layout.strides.data(),
-                                                    dtype, device_type, source.get_device_index(), &out));
-    outs.emplace_back(out);
-  }
-  return outs;
-}
-
-std::vector<Tensor> compacted_cpu(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
-                                  const std::vector<int64_t>& dims) {
-  std::vector<Tensor> outs = new_compacted(tensors, keep, dims);
-  compact_filters_cpu(tensors, keep, dims, outs);
-  return outs;
+std::tuple<std::vector<Tensor>, int64_t> compact_filters_cpu(const std::vector<Tensor>& tensors,
+                                                             const std::vector<Tensor>& keep,
+                                                             const std::vector<int64_t>& dims) {
+  const Gathers gathers = check_compact_filters(tensors, keep, dims);
+  const int64_t wrong = first_wrong(gathers.list);
+  if (wrong < 0) compact_filters(gathers.list.data(), size_of(gathers.list), torch_threads);
+  return {gathers.outs, wrong};
 }
 
 }  // namespace
 }  // namespace ffr
-
-STABLE_TORCH_LIBRARY(ffr_ext, m) {
-  m.def(
-      "flow_forward(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, Tensor(a!) stats, "
-      "Tensor(b!) signs) -> ()");
-  m.def(
-      "flow_backward(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] "
-      "groups, "
-      "bool squared, Tensor(a!)[] grads) -> ()");
-  m.def(
-      "flow_backward_at(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt "
-      "groups, "
-      "bool squared, int index, Tensor(a!) grad, bool accumulate) -> ()");
-  m.def("filter_norms(Tensor[] weights, int[] dims, float p, Tensor(a!) out) -> ()");
-  m.def("compact_filters(Tensor[] tensors, Tensor[] keep, int[] dims, Tensor(a!)[] outs) -> ()");
-  m.def("new_compacted(Tensor[] tensors, Tensor[] keep, int[] dims) -> Tensor[]");
-  m.def("compacted(Tensor[] tensors, Tensor[] keep, int[] dims) -> Tensor[]");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CPU, m) {
   m.impl("flow_forward", TORCH_BOX(&ffr::flow_forward_cpu));
@@ -140,9 +114,6 @@ STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CPU, m) {
   m.impl("flow_backward_at", TORCH_BOX(&ffr::flow_backward_at_cpu));
   m.impl("filter_norms", TORCH_BOX(&ffr::filter_norms_cpu));
   m.impl("compact_filters", TORCH_BOX(&ffr::compact_filters_cpu));
-  m.impl("compacted", TORCH_BOX(&ffr::compacted_cpu));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CompositeExplicitAutograd, m) {
-  m.impl("new_compacted", TORCH_BOX(&ffr::new_compacted));
+  m.impl("add_scaled_", TORCH_BOX(&ffr::add_scaled_cpu));
+  m.impl("shrink_", TORCH_BOX(&ffr::shrink_cpu));
 }

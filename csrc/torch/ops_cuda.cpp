@@ -1,5 +1,6 @@
 // The ops on CUDA: checks the arguments, makes their device current, and launches csrc/cuda on torch's
-// current stream. Compiled by the host's compiler, without a CUDA header; the schemas are those of ops.cpp.
+// current stream. Compiled by the host's compiler, without a CUDA header; the schemas are those of
+// ffr_ext/ops.py.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,12 +9,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../cuda/filters.h"
 #include "../cuda/flow.h"
+#include "../cuda/groups.h"
 #include "checks.h"
 #include "filter_checks.h"
+#include "group_checks.h"
 
 // Weak, so that this module also loads next to a torch without CUDA, which has no such function.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -105,21 +109,47 @@ void flow_backward_at_cuda(const std::vector<Tensor>& features, const Tensor& si
 
 void filter_norms_cuda(const std::vector<Tensor>& weights, const std::vector<int64_t>& dims, double p,
                        const Tensor& out) {
-  const std::vector<NormTensor> tensors = check_filter_norms(weights, dims, p, out);
+  const Norms norms = check_filter_norms(weights, dims, p, out);
   const Launch launch(out);
+  check_launch("filter_norms", cuda::filter_norms(norms.one.data(), size_of(norms.one), p, norms.outs.data(),
+                                                  launch.stream()));
+  const int64_t sums = cuda::row_column_norms_scratch(norms.both.data(), size_of(norms.both));
+  std::optional<Tensor> scratch;
+  if (sums > 0) scratch = torch::stable::new_empty(out, {sums});
   check_launch("filter_norms",
-               cuda::filter_norms(tensors.data(), size_of(tensors), p,
-                                  static_cast<double*>(out.mutable_data_ptr()), launch.stream()));
+               cuda::row_column_norms(norms.both.data(), size_of(norms.both), p,
+                                      scratch ? static_cast<double*>(scratch->mutable_data_ptr()) : nullptr,
+                                      launch.stream()));
+}
+
+void add_scaled_cuda(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                     const std::vector<Tensor>& rows, const std::vector<Tensor>& columns,
+                     const std::vector<double>& slopes, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(&grads, weights, rows, columns, &slopes, taus);
+  if (tensors.empty()) return;
+  const Launch launch(weights[0]);
+  check_launch("add_scaled_", cuda::add_scaled(tensors.data(), size_of(tensors), launch.stream()));
+}
+
+void shrink_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& rows,
+                 const std::vector<Tensor>& columns, const std::vector<double>& taus) {
+  const std::vector<ScaledTensor> tensors = check_scaled(nullptr, weights, rows, columns, nullptr, taus);
+  if (tensors.empty()) return;
+  const Launch launch(weights[0]);
+  check_launch("shrink_", cuda::shrink(tensors.data(), size_of(tensors), launch.stream()));
 }
 
 // The values of keep are checked where they are known without waiting for the device: by the caller, and by
 // the kernel, which stops at one that is out of range.
-void compact_filters_cuda(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep,
-                          const std::vector<int64_t>& dims, const std::vector<Tensor>& outs) {
-  const std::vector<GatherTensor> gathers = check_compact_filters(tensors, keep, dims, outs);
-  if (gathers.empty()) return;
+std::tuple<std::vector<Tensor>, int64_t> compact_filters_cuda(const std::vector<Tensor>& tensors,
+                                                              const std::vector<Tensor>& keep,
+                                                              const std::vector<int64_t>& dims) {
+  if (tensors.empty()) return {{}, -1};
   const Launch launch(tensors[0]);
-  check_launch("compact_filters", cuda::compact_filters(gathers.data(), size_of(gathers), launch.stream()));
+  const Gathers gathers = check_compact_filters(tensors, keep, dims);
+  check_launch("compact_filters",
+               cuda::compact_filters(gathers.list.data(), size_of(gathers.list), launch.stream()));
+  return {gathers.outs, -1};
 }
 
 }  // namespace
@@ -131,4 +161,6 @@ STABLE_TORCH_LIBRARY_IMPL(ffr_ext, CUDA, m) {
   m.impl("flow_backward_at", TORCH_BOX(&ffr::flow_backward_at_cuda));
   m.impl("filter_norms", TORCH_BOX(&ffr::filter_norms_cuda));
   m.impl("compact_filters", TORCH_BOX(&ffr::compact_filters_cuda));
+  m.impl("add_scaled_", TORCH_BOX(&ffr::add_scaled_cuda));
+  m.impl("shrink_", TORCH_BOX(&ffr::shrink_cuda));
 }

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import ops
 from . import sizes
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -148,10 +149,9 @@ def filter_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float, out: 
         )
 
 
-def compact_filters(
-    tensors: Sequence[Tensor], keep: Sequence[Tensor], dims: Sequence[int], outs: Sequence[Tensor]
-) -> None:
-    """`outs[i] = tensors[i].index_select(dims[i], keep[i])`. The indices have been checked."""
+def compact_filters(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> tuple[list[Tensor], int]:
+    """`tensors[i].index_select(dims[i], keep[i])` for all i, and -1. The indices have been checked."""
+    outs = ops.new_compacted(tensors, keep, dims)
     rows, units_of, programs = [], [], 0
     for tensor, indices, dim, out in zip(tensors, keep, dims, outs, strict=True):
         outer, filters, inner = _split(tensor, dim)
@@ -165,7 +165,7 @@ def compact_filters(
         pointers = [tensor.data_ptr(), out.data_ptr(), indices.data_ptr()]
         rows.append([programs, units, max(row_bytes // unit, 1), filters, max(indices.numel(), 1), *pointers])
     if programs == 0:
-        return
+        return outs, -1
     with _device(outs[0]):
         gather_kernel[(programs,)](
             _table(rows, outs[0].device),
@@ -175,6 +175,7 @@ def compact_filters(
             BLOCK=sizes.FILTER_BLOCK,
             num_warps=sizes.FILTER_WARPS,
         )
+    return outs, -1
 
 
 def _split(tensor: Tensor, dim: int) -> tuple[int, int, int]:

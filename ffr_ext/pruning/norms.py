@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from numbers import Integral
 from typing import Any
 
@@ -42,38 +43,45 @@ def filter_norms(
         ValueError: another p, a dtype that is not listed, a ``dim`` that a weight does not have.
     """
     tensors = tensor_list("weights", weights)
-    if isinstance(p, bool) or p not in (1, 2, math.inf):
-        raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
     dims = dims_of("dim", dim, tensors)
     for index, weight in enumerate(tensors):
         if weight.dtype not in NORM_DTYPES:
             raise ValueError(
                 f"weights[{index}]: expected dtype float16, bfloat16, float32 or float64, got {weight.dtype}"
             )
-    results: list[Tensor | None] = [None] * len(tensors)
+    return norms_along(tensors, p, dims, backend)
+
+
+def norms_along(tensors: list[Tensor], p: float, dims: list[int], backend: str) -> list[Tensor]:
+    """`filter_norms` of checked tensors and dimensions. A dimension of -1: the norms of the slices of dimension 0, and
+    behind them those of dimension 1, in one read.
+    """
+    if isinstance(p, bool) or p not in (1, 2, math.inf):
+        raise ValueError(f"p: expected 1, 2 or inf, got {p!r}")
+    results: dict[int, Tensor] = {}
     with torch.no_grad():
         for device in dict.fromkeys(w.device for w in tensors):
             members = [i for i, w in enumerate(tensors) if w.device == device]
             chosen = backends.resolve(backend, device.type)
             on_device, on_dims = [tensors[i] for i in members], [dims[i] for i in members]
-            for i, norms in zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True):
-                results[i] = norms
-    return [r for r in results if r is not None]
+            results.update(zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True))
+    return [results[i] for i in range(len(tensors))]
 
 
 def _norms(weights: list[Tensor], dims: list[int], p: float, backend: str) -> list[Tensor]:
     if backend == "reference":
         return [_reference_norms(w, d, p) for w, d in zip(weights, dims, strict=True)]
-    ready = [weight if weight.is_contiguous() else dense(weight) for weight in weights]
-    counts = [w.shape[d] for w, d in zip(weights, dims, strict=True)]
+    counts = [w.shape[d] if d >= 0 else w.shape[0] + w.shape[1] for w, d in zip(weights, dims, strict=True)]
     out = torch.empty(sum(counts), dtype=torch.float64, device=weights[0].device)
-    ops.filter_kernels(backend).norms(ready, dims, p, out)
+    ops.kernel("filter_norms", backend)(dense(weights), dims, p, out)
     # One conversion for all: a network has hundreds of weights, and its biases are done in less time than one call.
     by_dtype = {dtype: out.to(dtype).split(counts) for dtype in {_result_dtype(w) for w in weights}}
     return [by_dtype[_result_dtype(w)][i] for i, w in enumerate(weights)]
 
 
 def _reference_norms(weight: Tensor, dim: int, p: float) -> Tensor:
+    if dim < 0:
+        return torch.cat([_reference_norms(weight, d, p) for d in (0, 1)])
     filters = weight.detach().movedim(dim, 0).double()
     rest = list(range(1, filters.dim()))
     if not rest:
@@ -91,6 +99,8 @@ def _result_dtype(weight: Tensor) -> torch.dtype:
 
 def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> list[int]:
     """One non-negative dimension per tensor, or ValueError naming the tensor that lacks it."""
+    if type(dim) is int and tensors and 0 <= dim < min(map(Tensor.dim, tensors)):
+        return [dim] * len(tensors)
     if _is_whole(dim):
         dims: list[Any] = [int(dim)] * len(tensors)  # type: ignore[arg-type]
     elif isinstance(dim, Iterable) and not isinstance(dim, str | Tensor):
@@ -98,14 +108,17 @@ def dims_of(name: str, dim: int | Sequence[int], tensors: Sequence[Tensor]) -> l
         for index, d in enumerate(dims):
             if not _is_whole(d):
                 raise TypeError(f"{name}[{index}]: expected a whole number, got {d!r}")
+        dims = list(map(int, dims))
     else:
         raise TypeError(f"{name}: expected a whole number, or one per tensor, got {dim!r}")
     if len(dims) != len(tensors):
         raise ValueError(f"{name}: expected one number, or one per tensor ({len(tensors)}), got {len(dims)}")
-    for index, (d, tensor) in enumerate(zip(dims, tensors, strict=True)):
-        if not -tensor.dim() <= d < tensor.dim():
-            raise ValueError(f"{name}: {d} is no dimension of tensor {index} of shape {tuple(tensor.shape)}")
-    return [int(d) % t.dim() for d, t in zip(dims, tensors, strict=True)]
+    counts = list(map(Tensor.dim, tensors))
+    for index, (d, count) in enumerate(zip(dims, counts, strict=True)):
+        if not -count <= d < count:
+            shape = tuple(tensors[index].shape)
+            raise ValueError(f"{name}: {d} is no dimension of tensor {index} of shape {shape}")
+    return [d % count for d, count in zip(dims, counts, strict=True)]
 
 
 def _is_whole(value: Any) -> bool:
@@ -114,11 +127,17 @@ def _is_whole(value: Any) -> bool:
 
 def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     """`tensors` as a list, or TypeError naming the argument and the index."""
-    if isinstance(tensors, Tensor):
+    if type(tensors) is list:
+        listed = tensors
+    elif isinstance(tensors, Tensor):
         raise TypeError(f"{name}: expected a sequence of tensors, got one Tensor; pass [tensor]")
-    if not isinstance(tensors, Iterable):
+    elif not isinstance(tensors, Iterable):
         raise TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
-    listed = list(tensors)
+    else:
+        listed = list(tensors)
+    # In calls that loop in C: hundreds of tensors are checked in the time of a few.
+    if all(map(isinstance, listed, repeat(Tensor))) and {t.layout for t in listed} <= {torch.strided}:
+        return listed
     for index, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{index}]: expected a Tensor, got {type(tensor).__name__}")
@@ -127,8 +146,18 @@ def tensor_list(name: str, tensors: Any) -> list[Tensor]:
     return listed
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """`tensor` itself, or a copy without gaps and overlaps whose dimensions have the same order in memory."""
+def dense(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, those with gaps or overlaps copied without: their dimensions keep the order in memory."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [_dense(tensor) for tensor in tensors]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() or (
+        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return tensor
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
     ordered = tensor.permute(order)

@@ -117,7 +117,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     """Count the weights and filters of every convolution and linear layer that are zero.
 
     A filter counts as zero if its effective scale is at or below ``threshold``: behind a batch norm
-    |gamma| sqrt(var / (var + eps)), else its L2 norm; filters of zeros have scale 0. The filters of a weight that
+    ``|gamma| sqrt(var / (var + eps))``, else its L2 norm; filters of zeros have scale 0. The filters of a weight that
     layers share, and a gamma that they share, count where that holds in each of them. `zero_small_filters` with the
     same threshold zeroes exactly these.
 

@@ -72,7 +72,7 @@ def zero_small_filters(
 ) -> list[ZeroedFilters] | list[CurvePoint]:
     """Set every filter whose effective scale is at or below ``threshold`` to exact zeros, in place.
 
-    The effective scale is |gamma| sqrt(var / (var + eps)) behind a batch norm, else the filter's L2 norm; see
+    The effective scale is ``|gamma| sqrt(var / (var + eps))`` behind a batch norm, else the filter's L2 norm; see
     `sparsity`. The filter and gamma become 0. What is left of the channel is the constant beta (the bias,
     without a norm), in training and in eval mode, which `compact` takes out where it can be absorbed. A filter of a
     weight that layers share becomes 0 where it is small in each of them; a gamma of one layer, by itself.

@@ -25,13 +25,14 @@ from kernel_oracle import (
     F64,
     StageSpec,
     check_flow,
+    check_sums_of,
     flow_cases,
     make_problem,
     plane_bytes,
 )
 from torch import Tensor
 
-from ffr_ext import backends
+from ffr_ext import backends, ops  # noqa: F401  (declares the ops)
 
 kernels: Any = torch.ops.ffr_ext
 FLOAT_DTYPES = [F16, BF16, F32]  # what is computed in fp32
@@ -138,6 +139,12 @@ def test_large_gradients_are_those_of_one_feature_at_a_time(squared: bool) -> No
     check_large_gradients(squared)
 
 
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_sums_of_special_values(special: float, dtype: torch.dtype) -> None:
+    check_sums_of(special, kernels, dtype)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Everything the kernels write, for comparisons bit by bit
 # --------------------------------------------------------------------------------------------------------------
@@ -222,7 +229,8 @@ ISAS = ["default", "avx2", "avx512"]  # from the least to the most
 
 def run_on(isa: str) -> dict[str, str]:
     """What this file says when it is run as a program on that instruction set."""
-    environment = {**os.environ, "FFR_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, sys.path))  # the helpers of the tests among them
+    environment = {**os.environ, "FFR_EXT_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
@@ -256,7 +264,7 @@ def test_wide_instructions_are_right_and_write_the_same_bits(isa: str, on_defaul
 
 def check_this_instruction_set() -> dict[str, str]:
     """All cases once, every second one squared, so that each dtype meets each."""
-    assert backends.native() is not None  # declares the ops
+    assert backends.native() is not None
     for i, dtype in enumerate(ALL_DTYPES):
         for j, case in enumerate(CASES):
             check_flow(kernels, problem_of(case, dtype, squared=(i + j) % 2 == 0))

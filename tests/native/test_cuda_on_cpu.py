@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_cuda import EmulatedKernels, build, compiler
-from kernel_oracle import ALL_DTYPES, BF16, F32, F64, StageSpec, check_flow, flow_cases, make_problem
+from kernel_oracle import (
+    ALL_DTYPES,
+    BF16,
+    F32,
+    F64,
+    StageSpec,
+    check_flow,
+    check_sums_of,
+    flow_cases,
+    make_problem,
+)
 from torch import Tensor
 
 CASES = list(flow_cases(F32))
@@ -108,6 +118,12 @@ def test_signs_of_special_values(special: float, dtype: torch.dtype, kernels: Em
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_sums_of_special_values(special: float, dtype: torch.dtype, kernels: EmulatedKernels) -> None:
+    check_sums_of(special, kernels, dtype)
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
 def test_filter_norms(p: float, kernels: EmulatedKernels) -> None:
     weights = [
@@ -130,6 +146,107 @@ def test_filter_norms(p: float, kernels: EmulatedKernels) -> None:
         for w, d in zip(weights, dims, strict=True)
     ]  # fmt: skip
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-12, atol=0, equal_nan=True)
+
+
+def group_weights(dtype: torch.dtype) -> list[Tensor]:
+    """Tiles of 128 rows and 32 accesses: less than one, whole ones, several, and every order in memory."""
+    made = [
+        torch.randn(5, 3, 3, 3),
+        torch.randn(7, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+        torch.randn(130, 600),
+        torch.randn(300, 70).t(),
+        torch.randn(3, 4, 5, 2).permute(2, 1, 3, 0),
+        torch.randn(33, 1, 3, 3),
+        torch.randn(1, 9, 4),
+        torch.randn(4, 4, 64),
+        torch.empty(3, 0, 2),
+    ]
+    off_a_whole_access = torch.randn(1 + 20 * 512).to(dtype)[1:].view(20, 512)
+    return [*(w.to(dtype) for w in made), off_a_whole_access]
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_norms_of_rows_and_columns(dtype: torch.dtype, p: float, kernels: EmulatedKernels) -> None:
+    weights = group_weights(dtype)
+    weights[0][1, 2, 0, 0] = float("nan")
+    out = torch.full((sum(w.shape[0] + w.shape[1] for w in weights),), -1.0, dtype=F64)
+    kernels.row_column_norms(weights, p, out)
+    assert kernels.launches == 2  # what the blocks leave is added up in one of its own
+    expected = [
+        torch.linalg.vector_norm(slices, p, dim=1) if w.numel() else torch.zeros(w.shape[d], dtype=F64)
+        for w in weights
+        for d in (0, 1)
+        for slices in [(w if d == 0 else w.transpose(0, 1)).double().flatten(1)]
+    ]
+    torch.testing.assert_close(out, torch.cat(expected), rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_scaling_by_rows_and_columns_is_what_the_cpu_does(
+    dtype: torch.dtype, kernels: EmulatedKernels
+) -> None:
+    from ffr_ext.regularizers.fused import add_scaled_, shrink_
+
+    weights = [*group_weights(dtype), torch.randn(70_000, 3).to(dtype)]
+    compute = F64 if dtype == F64 else F32
+    nothing = torch.empty(0)
+    rows = [torch.randn(w.shape[0], dtype=compute) if i % 3 else None for i, w in enumerate(weights)]
+    columns = [torch.randn(w.shape[1], dtype=compute) if i % 4 else None for i, w in enumerate(weights)]
+    given = [[nothing if f is None else f for f in side] for side in (rows, columns)]
+    slopes, taus = [i / 7 for i in range(len(weights))], [i / 16 for i in range(len(weights))]
+    grads = [torch.empty_like(w).copy_(torch.randn(w.shape)) for w in weights]
+    wanted = [torch.empty_like(g).copy_(g) for g in grads]
+    kernels.scale(grads, weights, *given, slopes, taus)
+    assert kernels.launches == 1
+    add_scaled_(wanted, weights, rows, columns, slopes, taus, backend="reference")
+    for got, expected in zip(grads, wanted, strict=True):
+        assert torch.equal(got, expected)
+    wanted = [torch.empty_like(w).copy_(w) for w in weights]
+    kernels.scale(None, weights, *given, slopes, taus)
+    assert kernels.launches == 1
+    shrink_(wanted, rows, columns, taus, backend="reference")
+    for got, expected in zip(weights, wanted, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_more_weights_than_one_launch_holds(kernels: EmulatedKernels) -> None:
+    weights = [torch.ones(3, 2) for _ in range(100)]
+    out = torch.empty(5 * len(weights), dtype=F64)
+    kernels.row_column_norms(weights, 1.0, out)
+    assert kernels.launches == 4
+    assert torch.equal(out, torch.tensor([2.0, 2, 2, 3, 3]).double().repeat(len(weights)))
+    nothing, numbers = [torch.empty(0)] * len(weights), [float(i) for i in range(len(weights))]
+    grads = [torch.zeros(3, 2) for _ in weights]
+    kernels.scale(grads, weights, nothing, nothing, numbers, [1.0] * len(weights))
+    assert kernels.launches == 2
+    assert all(torch.equal(g, torch.full((3, 2), n)) for g, n in zip(grads, numbers, strict=True))
+
+
+def test_the_gradient_of_one_feature_is_shared_out_as_the_work_of_one_feature(
+    kernels: EmulatedKernels,
+) -> None:
+    """FFR_BACKWARD_BLOCKS is 2 here, and 8 tiles of 1024 elements are 4 for each, however long the stage."""
+    for length in (2, 5, 60):
+        coef, signs = (
+            torch.zeros(2 * length - 3, dtype=F64),
+            torch.zeros((length - 1) * 4096, dtype=torch.uint8),
+        )
+        kernels.blocks()
+        kernels.flow_backward_at([], signs, coef, length, 8192, 1, False, 1, torch.empty(8192), False)
+        assert kernels.blocks() == 2
+
+
+def test_pieces_of_a_long_stage_are_shared_out_as_their_own_work(kernels: EmulatedKernels) -> None:
+    """300 features are pieces of 128, 128 and 44: a block for each two tiles of the long ones, not for each one."""
+    length, numel = 300, 8192
+    coef = torch.zeros(2 * length - 3, dtype=F64)
+    signs = torch.zeros((length - 1) * numel // 2, dtype=torch.uint8)
+    kernels.blocks()
+    grads = [torch.empty(numel) for _ in range(length)]
+    kernels.flow_backward([], signs, coef, [length], [numel], [1], False, grads)
+    # 8 tiles x 300 features / 2 blocks = 1200 a block: 9 tiles of 128 features, all 8 of 44.
+    assert kernels.blocks() == 3
 
 
 def test_compact_filters(kernels: EmulatedKernels) -> None:

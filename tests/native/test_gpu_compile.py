@@ -156,13 +156,13 @@ def compile_triton(arch: int, directory: Path) -> None:
         name = f"{dtype_name} {length} {'squares' if squared else 'signs'}"
         add(name, launches, vector=numel % 2 == 0, length=length, squared=squared)
     weights = [torch.empty(8, 3, 3, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float64)]
-    dims, kept = [0] * 3, [torch.empty(4, 3, 3, 3, dtype=w.dtype) for w in weights]
+    dims = [0] * 3
     for norm in (1.0, 2.0, float("inf")):
         with recorded_launches() as launches:
             filters.filter_norms(weights, dims, norm, torch.empty(24, dtype=torch.float64))
         add(f"norm {norm}", launches, vector=True, length=3, squared=False)
     with recorded_launches() as launches:
-        filters.compact_filters(weights, [torch.arange(4)] * 3, dims, kept)
+        filters.compact_filters(weights, [torch.arange(4)] * 3, dims)
     add("compaction", launches, vector=True, length=3, squared=False)
     (directory / "index.json").write_text(json.dumps(index))
 
@@ -173,7 +173,7 @@ def triton_kernels(
 ) -> list[tuple[dict[str, Any], Kernel]]:
     pytest.importorskip("triton")
     directory = Path(tmp_path_factory.mktemp(f"triton{request.param}"))
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
     done = subprocess.run(
         [sys.executable, __file__, str(request.param), str(directory)],
         env=env,
@@ -245,7 +245,7 @@ assert keys(4096, aligned) == keys(1 << 20, aligned) == keys(4096, [0, 0, 1, 1])
 assert keys(4097, aligned) == keys(999, [1, 1, 1, 0]) != keys(4096, aligned)
 assert keys(4096, [0] * 4, groups=2) == keys(8192, [0] * 4, groups=16)
 """
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

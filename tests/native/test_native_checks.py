@@ -287,7 +287,12 @@ def norms() -> dict[str, Any]:
             dict(dims=lambda d: [4, 1]),
             r"dims\[0\] must be in \[0, 4\) for weights\[0\] of sizes \[4, 3, 2, 2\], got 4",
         ),
-        (dict(dims=lambda d: [0, -1]), r"dims\[1\] must be in \[0, 2\) .* got -1"),
+        (dict(dims=lambda d: [0, -2]), r"dims\[1\] must be in \[0, 2\) .* got -2"),
+        (dict(dims=lambda d: [-1, 1]), "out must have 13 elements, got 10"),
+        (
+            dict(dims=lambda d: [0, -1], weights=change(1, lambda w: w[0])),
+            r"weights\[1\] must have 2 dimensions or more for dims\[1\] = -1, got sizes \[6\]",
+        ),
         (dict(p=lambda p: 3.0), "p must be 1, 2 or inf, got 3"),
         (dict(p=lambda p: -math.inf), "p must be 1, 2 or inf, got -inf"),
         (dict(p=lambda p: math.nan), "p must be 1, 2 or inf, got -?nan"),
@@ -312,7 +317,6 @@ def compaction() -> dict[str, Any]:
         tensors=[source, channels_last(torch.randn(2, 5, 3, 3))],
         keep=[torch.tensor([2, 0]), torch.tensor([4, 1, 0])],
         dims=[0, 1],
-        outs=[torch.empty(2, 3, 2), channels_last(torch.empty(2, 3, 3, 3))],
     )
 
 
@@ -320,26 +324,12 @@ def compaction() -> dict[str, Any]:
     ("bad", "message"),
     [
         (dict(keep=lambda k: k[:1]), "keep must have one entry for each of the 2 tensors, got 1"),
-        (dict(outs=lambda o: o[:1]), "outs must have one entry for each of the 2 tensors, got 1"),
+        (dict(dims=lambda d: [0]), "dims must have one entry for each of the 2 tensors, got 1"),
         (dict(dims=lambda d: [3, 1]), r"dims\[0\] must be in \[0, 3\) for tensors\[0\]"),
+        (dict(dims=lambda d: [0, -1]), r"dims\[1\] must be in \[0, 4\) for tensors\[1\] .* got -1"),
         (dict(keep=change(0, lambda k: k.int())), r"keep\[0\] must be Long, got Int"),
-        (dict(keep=change(0, lambda k: torch.tensor([0, 4]))), r"keep\[0\] must be in \[0, 4\), got 4"),
-        (dict(keep=change(1, lambda k: torch.tensor([0, -1, 2]))), r"keep\[1\] must be in \[0, 5\), got -1"),
-        (
-            dict(keep=change(1, lambda k: torch.tensor([2, 0, 2]))),
-            r"keep\[1\] must be unique, got 2 more than once",
-        ),
+        (dict(keep=change(0, lambda k: k[None])), r"keep\[0\] must be contiguous with 1 dimension"),
         (dict(tensors=change(0, strided)), r"tensors\[0\] must be dense"),
-        (
-            dict(outs=change(0, lambda o: o.double())),
-            r"outs\[0\] must have the dtype of tensors\[0\], Float; got Double",
-        ),
-        (dict(outs=change(0, lambda o: torch.empty(3, 3, 2))), r"outs\[0\] must have sizes \[2, 3, 2\]"),
-        (
-            dict(outs=change(0, strided)),
-            r"outs\[0\] must have sizes \[2, 3, 2\] and strides \[6, 2, 1\]; got .* \[12, 4, 2\]",
-        ),
-        (dict(outs=change(1, lambda o: o.contiguous())), r"outs\[1\] .* strides \[27, 1, 9, 3\]; got"),
     ],
 )
 def test_compact_filters_refuses(bad: dict[str, Any], message: str) -> None:
@@ -349,20 +339,84 @@ def test_compact_filters_refuses(bad: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "indices"),
+    [(0, [0, 4]), (0, [-1]), (1, [0, -1, 2]), (1, [2, 0, 2]), (1, [2**40])],
+    ids=["too large", "negative", "negative, second tensor", "twice", "far outside"],
+)
+def test_compact_filters_gathers_nothing_and_says_which_indices_are_wrong(
+    place: int, indices: list[int]
+) -> None:
+    good = compaction()
+    assert torch.ops.ffr_ext.compact_filters(*good.values())[1] == -1
+    good["keep"][place] = torch.tensor(indices)
+    assert torch.ops.ffr_ext.compact_filters(*good.values())[1] == place
+
+
+def scaling() -> dict[str, Any]:
+    weights = [torch.randn(4, 3, 2, 2), torch.randn(5, dtype=torch.float64)]
+    return dict(
+        grads=[torch.randn_like(w) for w in weights],
+        weights=weights,
+        rows=[torch.randn(4), torch.randn(5).double()],
+        columns=[torch.randn(3), torch.empty(0)],
+        slopes=[0.0, 1.0],
+        taus=[0.0, 1.0],
+    )
+
+
+SCALING = [
+    (dict(weights=lambda w: w[:1]), "(grads|rows) must have one entry for each of the 1 tensors, got 2"),
+    (dict(rows=lambda r: r[:1]), "rows must have one entry for each of the 2 tensors, got 1"),
+    (dict(columns=lambda c: c[:1]), "columns must have one entry for each of the 2 tensors, got 1"),
+    (dict(taus=lambda t: t[:1]), "taus must have one entry for each of the 2 tensors, got 1"),
+    (dict(taus=lambda t: [0.0, -1.0]), r"taus\[1\] must be 0 or more, got -1"),
+    (dict(taus=lambda t: [math.nan, 0.0]), r"taus\[0\] must be 0 or more, got -?nan"),
+    (dict(weights=change(0, strided), grads=change(0, strided)), r"weights\[0\] must be dense"),
+    (dict(weights=change(0, lambda w: w.int())), r"weights\[0\] must be Half, BFloat16, Float or Double"),
+    (
+        dict(weights=change(1, lambda w: w[0]), grads=change(1, lambda g: g[0])),
+        "must have at least 1 dimension",
+    ),
+    (dict(rows=change(0, lambda r: r.double())), r"rows\[0\] must be Float, got Double"),
+    (dict(rows=change(1, lambda r: r.float())), r"rows\[1\] must be Double, got Float"),
+    (dict(rows=change(0, lambda r: r[:3])), r"rows\[0\] must have 4 elements, got 3"),
+    (dict(rows=change(0, lambda r: torch.randn(8)[::2])), r"rows\[0\] must be contiguous with 1 dimension"),
+    (dict(columns=change(0, lambda c: torch.randn(4))), r"columns\[0\] must have 3 elements, got 4"),
+    (dict(columns=change(1, lambda c: torch.randn(1).double())), r"columns\[1\] must have 0 elements, got 1"),
+]
+
+
+@pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (dict(keep=lambda k: k[:1]), "keep must have one entry for each of the 2 tensors, got 1"),
-        (dict(dims=lambda d: [0]), "dims must have one entry for each of the 2 tensors, got 1"),
-        (dict(dims=lambda d: [0, -1]), r"dims\[1\] must be in \[0, 4\) for tensors\[1\] .* got -1"),
-        (dict(keep=change(0, lambda k: k[None])), r"keep\[0\] must be contiguous with 1 dimension"),
-        (dict(tensors=change(0, strided)), r"tensors\[0\] must be dense"),
+        *SCALING,
+        (dict(slopes=lambda t: t[:1]), "slopes must have one entry for each of the 2 tensors, got 1"),
+        (
+            dict(grads=change(0, lambda g: g.half())),
+            r"grads\[0\] must have the dtype and layout of weights\[0\]",
+        ),
+        (
+            dict(grads=change(0, channels_last)),
+            r"grads\[0\] must have the dtype and layout .* \[12, 1, 6, 3\]",
+        ),
+        (
+            dict(grads=change(0, lambda g: g[:3])),
+            r"grads\[0\] must have the dtype and layout of weights\[0\]",
+        ),
     ],
 )
-def test_compacted_refuses(bad: dict[str, Any], message: str) -> None:
-    arguments = {name: value for name, value in compaction().items() if name != "outs"}
-    call("compacted", arguments)
+def test_add_scaled_refuses(bad: dict[str, Any], message: str) -> None:
+    call("add_scaled_", scaling())
     with pytest.raises(RuntimeError, match=message):
-        call("compacted", arguments, **bad)
+        call("add_scaled_", scaling(), **bad)
+
+
+@pytest.mark.parametrize(("bad", "message"), SCALING)
+def test_shrink_refuses(bad: dict[str, Any], message: str) -> None:
+    good = {name: value for name, value in scaling().items() if name not in ("grads", "slopes")}
+    call("shrink_", good)
+    with pytest.raises(RuntimeError, match=message):
+        call("shrink_", good, **bad)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +431,6 @@ def test_compacted_refuses(bad: dict[str, Any], message: str) -> None:
 def test_compact_filters_takes_sizes_zero_and_one(shape: tuple[int, ...], dim: int, keep: list[int]) -> None:
     source, index = torch.randn(shape), torch.tensor(keep, dtype=torch.int64)
     expected = source.index_select(dim, index)
-    out = torch.empty_like(expected)
-    torch.ops.ffr_ext.compact_filters([source], [index], [dim], [out])
+    (out,), wrong = torch.ops.ffr_ext.compact_filters([source], [index], [dim])
+    assert wrong == -1
     assert torch.equal(out, expected)

@@ -1,4 +1,4 @@
-"""`torch.library.opcheck` on every op, and the schemas' one definition."""
+"""`torch.library.opcheck` on every op, and one schema for each."""
 
 from __future__ import annotations
 
@@ -157,37 +157,48 @@ def test_opcheck_of_the_pruning_kernels() -> None:
     _native()
     weights = list(WEIGHTS.values())
     keep, dims = [torch.tensor([4, 1])] * len(weights), [0] * len(weights)
-    kernels = ops.filter_kernels("cpu")
-    torch.library.opcheck(kernels.norms, (weights, dims, 2.0, torch.empty(6 * len(weights)).double()))
-    outs = ops.new_compacted(weights, keep, dims)
-    torch.library.opcheck(kernels.compact, (weights, keep, dims, outs))
-    # compacted returns data, new_compacted none, so only the first has equal results twice.
-    torch.library.opcheck(ops.compacted, (weights, keep, dims))
-    torch.library.opcheck(
-        ops.new_compacted, (weights, keep, dims), test_utils=("test_schema", "test_faketensor")
-    )
+    norms, compact = ops.kernel("filter_norms", "cpu"), ops.kernel("compact_filters", "cpu")
+    torch.library.opcheck(norms, (weights, dims, 2.0, torch.empty(6 * len(weights)).double()))
+    torch.library.opcheck(compact, (weights, keep, dims))
+
+
+def test_opcheck_of_the_group_kernels() -> None:
+    _native()
+    weights = list(WEIGHTS.values())
+    double = [torch.float64 if w.dtype == torch.float64 else torch.float32 for w in weights]
+    rows = [torch.randn(w.shape[0], dtype=d) for w, d in zip(weights, double, strict=True)]
+    columns = [
+        torch.randn(w.shape[1] if w.dim() > 1 else 0, dtype=d) for w, d in zip(weights, double, strict=True)
+    ]
+    taus = [0.1] * len(weights)
+    grads = [torch.randn_like(w) for w in weights]
+    torch.library.opcheck(ops.kernel("add_scaled_", "cpu"), (grads, weights, rows, columns, taus, taus))
+    torch.library.opcheck(ops.kernel("shrink_", "cpu"), (weights, rows, columns, taus))
+    wide = [w for w in weights if w.dim() > 1]
+    out = torch.empty(sum(w.shape[0] + w.shape[1] for w in wide), dtype=torch.float64)
+    torch.library.opcheck(ops.kernel("filter_norms", "cpu"), (wide, [-1] * len(wide), 2.0, out))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_new_tensors_lie_as_those_that_python_makes_without_the_library(name: str, kept: int) -> None:
+def test_new_tensors_lie_as_those_that_python_makes(name: str, kept: int) -> None:
     _native()
     weight = WEIGHTS[name]
     for dim in range(weight.dim()):
         keep = torch.arange(min(kept, weight.shape[dim]))
-        (expected,) = ops._new_compacted([weight], [keep], [dim])
-        (native,) = ops.new_compacted([weight], [keep], [dim])
+        (expected,) = ops.new_compacted([weight], [keep], [dim])
+        (native,), _ = ops.kernel("compact_filters", "cpu")([weight], [keep], [dim])
         assert (native.shape, native.stride(), native.dtype) == (
             expected.shape,
             expected.stride(),
             expected.dtype,
         )
-        assert torch.equal(ops.compacted([weight], [keep], [dim])[0], weight.index_select(dim, keep))
+        assert torch.equal(native, weight.index_select(dim, keep))
 
 
-def test_native_schemas_are_the_ones_python_declares_without_the_library() -> None:
-    _native()
-    returning = dict.fromkeys(("new_compacted", "compacted"), ops.NEW_TENSORS)
-    for name, schema in (ops.SCHEMAS | returning).items():
-        registered = getattr(torch.ops.ffr_ext, name).default._schema
-        assert registered == torch._C.parse_schema(f"ffr_ext::{name}{schema}")
+def test_every_op_has_one_schema_for_all_its_implementations() -> None:
+    for name in ops.SCHEMAS:
+        packet = getattr(torch.ops.ffr_ext, name)
+        assert set(packet.overloads()) == {"default", "triton"}
+        native, triton = (str(getattr(packet, o)._schema).replace(".triton", "") for o in packet.overloads())
+        assert native == triton

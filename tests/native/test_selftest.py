@@ -79,16 +79,15 @@ def test_a_kernel_that_leaves_nan_or_raises_makes_it_fail(
 def test_a_wrong_pruning_kernel_makes_it_fail(
     small: None, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, compacted = ops.filter_kernels("cpu"), ops.compacted
+    right = ops.kernel
 
-    def flipped(keep: Any) -> Any:
-        return [k.flip(0).contiguous() for k in keep]
+    def wrong(name: str, backend: str) -> Callable[..., Any]:
+        op = right(name, backend)
+        if name != "compact_filters":
+            return op
+        return lambda tensors, keep, dims: op(tensors, [k.flip(0).contiguous() for k in keep], dims)
 
-    wrong = right._replace(
-        compact=lambda tensors, keep, dims, outs: right.compact(tensors, flipped(keep), dims, outs)
-    )
-    monkeypatch.setattr(ops, "filter_kernels", lambda backend: wrong)
-    monkeypatch.setattr(ops, "compacted", lambda tensors, keep, dims: compacted(tensors, flipped(keep), dims))
+    monkeypatch.setattr(ops, "kernel", wrong)
     outcome = ffr_ext.selftest("cpu", file=io.StringIO())
     assert {c.what for c in outcome.checks if not c.ok} == {"compaction"}
 

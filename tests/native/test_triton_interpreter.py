@@ -29,7 +29,17 @@ if not INTERPRETED:
 
 else:
     import triton
-    from kernel_oracle import ALL_DTYPES, BF16, F32, F64, StageSpec, check_flow, flow_cases, make_problem
+    from kernel_oracle import (
+        ALL_DTYPES,
+        BF16,
+        F32,
+        F64,
+        StageSpec,
+        check_flow,
+        check_sums_of,
+        flow_cases,
+        make_problem,
+    )
     from torch import Tensor
 
     from ffr_ext.kernels import filters, flow
@@ -74,6 +84,12 @@ else:
         for got, expected in zip(unpack_nibbles(signs, 5, 100), expected_nibbles(stage), strict=True):
             assert torch.equal(got, expected)
 
+    @pytest.mark.parametrize("special", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    def test_sums_of_special_values(special: float, dtype: torch.dtype) -> None:
+        check_sums_of(special, flow, dtype)
+
     def test_misaligned_signs_are_refused() -> None:
         stage = [torch.zeros(8), torch.ones(8)]
         signs = torch.empty(17, dtype=torch.uint8)[1:]
@@ -117,7 +133,7 @@ else:
         dims = [0, 1, 0, 1, 0, 0]
         keep = [torch.randperm(t.shape[d])[: t.shape[d] // 2] for t, d in zip(tensors, dims, strict=True)]
         keep[-1] = torch.empty(0, dtype=torch.int64)
-        outs = [torch.zeros_like(t.index_select(d, k)) for t, d, k in zip(tensors, dims, keep, strict=True)]
-        filters.compact_filters(tensors, keep, dims, outs)
+        outs, wrong = filters.compact_filters(tensors, keep, dims)
+        assert wrong == -1
         for out, tensor, dim, indices in zip(outs, tensors, dims, keep, strict=True):
             assert torch.equal(out, tensor.index_select(dim, indices))

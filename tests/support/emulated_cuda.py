@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ SOURCES = [
     ROOT / "csrc/cuda/flow_forward.cu",
     ROOT / "csrc/cuda/flow_backward.cu",
     ROOT / "csrc/cuda/filters.cu",
+    ROOT / "csrc/cuda/groups.cu",
 ]
 # Few blocks, so that small tensors already give a block several tiles.
 FLAGS = [
@@ -28,6 +30,19 @@ FLAGS = [
     "-DFFR_FORWARD_BLOCKS=2",
     "-DFFR_BACKWARD_BLOCKS=2",
 ]
+ENTRIES = [
+    "flow_forward",
+    "flow_backward",
+    "flow_backward_at",
+    "filter_norms",
+    "compact_filters",
+    "row_column_norms",
+    "scale",
+    "take_blocks",
+]
+# Set in a process that has loaded the address sanitizer before everything else.
+SANITIZED = "FFR_EXT_TEST_SANITIZED"
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 
 
@@ -36,16 +51,17 @@ def compiler() -> str | None:
 
 
 def build(directory: Path) -> ctypes.CDLL:
+    flags = FLAGS + (SANITIZERS if os.environ.get(SANITIZED) else [])
     objects = []
     for source in SOURCES:
         objects.append(directory / f"{source.stem}_{source.suffix[1:]}.o")
         subprocess.run(
-            [str(compiler()), *FLAGS, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True
+            [str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True
         )
     library = directory / "cuda_on_cpu.so"
-    subprocess.run([str(compiler()), "-shared", "-o", str(library), *map(str, objects)], check=True)
+    subprocess.run([str(compiler()), *flags, "-shared", "-o", str(library), *map(str, objects)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("flow_forward", "flow_backward", "flow_backward_at", "filter_norms", "compact_filters"):
+    for name in ENTRIES:
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
@@ -133,6 +149,32 @@ class EmulatedKernels:
             )
         )  # fmt: skip
 
+    def row_column_norms(self, weights: list[Tensor], p: float, out: Tensor) -> None:
+        self._done(
+            self.library.row_column_norms(
+                ctypes.c_int64(len(weights)), _int32s([DTYPES[w.dtype] for w in weights]),
+                _pair_splits(weights), _pointers(weights), ctypes.c_double(p), _pointer(out),
+            )
+        )  # fmt: skip
+
+    def scale(
+        self, grads: list[Tensor] | None, weights: list[Tensor], rows: list[Tensor], columns: list[Tensor],
+        slopes: list[float], taus: list[float],
+    ) -> None:  # fmt: skip
+        """add_scaled_, or without grads shrink_."""
+        doubles = ctypes.c_double * max(len(weights), 1)
+        self._done(
+            self.library.scale(
+                ctypes.c_int64(len(weights)), _int32s([DTYPES[w.dtype] for w in weights]),
+                _pair_splits(weights), _pointers(weights), None if grads is None else _pointers(grads),
+                _pointers(rows), _pointers(columns), doubles(*slopes), doubles(*taus),
+            )
+        )  # fmt: skip
+
+    def blocks(self) -> int:
+        """Of all launches since the last question."""
+        return int(self.library.take_blocks())
+
     def compact_filters(
         self, tensors: list[Tensor], keep: list[Tensor], dims: list[int], outs: list[Tensor]
     ) -> None:
@@ -151,3 +193,29 @@ def _splits(tensors: Sequence[Tensor], dims: Sequence[int]) -> ctypes.Array[ctyp
     for tensor, dim in zip(tensors, dims, strict=True):
         splits += [tensor.shape[:dim].numel(), tensor.shape[dim], tensor.shape[dim + 1 :].numel()]
     return _int64s(splits)
+
+
+def _pair_splits(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+    """[outer, first, middle, second, inner, rows_first] of dense tensors."""
+    return _int64s([number for tensor in tensors for number in pair_split(tensor)])
+
+
+def pair_split(tensor: Tensor) -> list[int]:
+    """csrc/common/groups.h, said in another way: from the order of the dimensions in memory."""
+    if tensor.numel() == 0:
+        return [0, tensor.shape[0], 1, tensor.shape[1] if tensor.dim() > 1 else 1, 1, 1]
+    order = sorted((d for d in range(tensor.dim()) if tensor.shape[d] > 1), key=lambda d: -tensor.stride(d))
+    sizes = [tensor.shape[d] for d in order]
+
+    def product(begin: int, end: int) -> int:
+        return int(torch.tensor(sizes[begin:end]).prod()) if sizes[begin:end] else 1
+
+    places = [order.index(d) for d in order if d < 2]
+    if not places:
+        return [1, 1, 1, 1, tensor.numel(), 1]
+    first, last = places[0], places[-1]
+    if len(places) == 1:
+        return [product(0, first), sizes[first], 1, 1, product(first + 1, len(sizes)), int(order[first] == 0)]
+    middle = product(first + 1, last)
+    inner = product(last + 1, len(sizes))
+    return [product(0, first), sizes[first], middle, sizes[last], inner, int(order[first] == 0)]

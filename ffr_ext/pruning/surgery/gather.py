@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,71 +39,71 @@ def compact_filters(
         IndexError: an index is negative or too large.
         All are raised before anything is computed.
     """
-    tensors, keep, dim = _reusable(tensors), _reusable(keep), _reusable(dim)
-    if backend in ("auto", "cpu") and backends.native() is not None:
-        # Checked natively. What that refuses (other devices, gaps, anything wrong) is sorted out below, where the
-        # errors speak of the caller's arguments.
-        with suppress(Exception), torch.no_grad():
-            dims = [dim] * len(tensors) if type(dim) is int else dims_of("dim", dim, tensors)
-            return ops.compacted(tensors, keep, dims)
     sources = tensor_list("tensors", tensors)
     indices = tensor_list("keep", keep)
     if len(indices) != len(sources):
         raise ValueError(f"keep: expected one index tensor per tensor ({len(sources)}), got {len(indices)}")
     dims = dims_of("dim", dim, sources)
-    for i, index in enumerate(indices):
-        if index.dtype != torch.int64 or index.dim() != 1:
-            raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(sources):
-        by_device.setdefault(tensor.device, []).append(i)
-    results: dict[int, Tensor] = {}
-    for members in by_device.values():
-        chosen = [sources[i] for i in members], [indices[i] for i in members], [dims[i] for i in members]
-        results.update(zip(members, _gather(*chosen, backend), strict=True))
+    if not ({k.dtype for k in indices} <= {torch.int64} and set(map(Tensor.dim, indices)) <= {1}):
+        i, index = next((i, k) for i, k in enumerate(indices) if k.dtype != torch.int64 or k.ndim != 1)
+        raise ValueError(f"keep[{i}]: expected a 1-D int64 tensor, got {index.dim()}-D {index.dtype}")
+    no_grad = torch.no_grad() if any([t.requires_grad for t in sources]) else nullcontext()  # noqa: C419
+    with no_grad:
+        if _all_on_cpu(sources + indices):  # in the time of a few calls, whatever the number of tensors
+            return _gather(sources, indices, dims, range(len(sources)), backend) if sources else []
+        results: dict[int, Tensor] = {}
+        for device in dict.fromkeys(t.device for t in sources):
+            places = [i for i, t in enumerate(sources) if t.device == device]
+            chosen = [sources[i] for i in places], [indices[i] for i in places], [dims[i] for i in places]
+            results.update(zip(places, _gather(*chosen, places, backend), strict=True))
     return [results[i] for i in range(len(sources))]
 
 
-def _reusable(items: Any) -> Any:
-    """`items`, in a list if they are an iterator, which gives them only once."""
-    return list(items) if isinstance(items, Iterator) else items
-
-
-@torch.no_grad()
-def _gather(sources: list[Tensor], keep: list[Tensor], dims: list[int], backend: str) -> list[Tensor]:
-    """`compact_filters` of tensors of one device."""
-    device = sources[0].device
+def _gather(
+    tensors: list[Tensor], keep: list[Tensor], dims: list[int], places: Sequence[int], backend: str
+) -> list[Tensor]:
+    """`compact_filters` of tensors of one device, which the caller's lists have at `places`."""
+    device = tensors[0].device
     concrete = backends.resolve(backend, device.type)
     if concrete != "cpu":  # whose kernel looks at every index itself, without a wait or a sort
-        _check_indices(keep, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
-    if not all(index.device == device and index.is_contiguous() for index in keep):
+        _check_indices(keep, [t.shape[d] for t, d in zip(tensors, dims, strict=True)], places)
+    here = _all_on_cpu(keep) if device.type == "cpu" else {k.device for k in keep} == {device}
+    if not (here and all(map(Tensor.is_contiguous, keep))):
         moved = {id(index): index.to(device).contiguous() for index in keep}
         keep = [moved[id(index)] for index in keep]
     if concrete == "reference":
-        return ops.compacted_by_torch(sources, keep, dims)
-    outs = ops.new_compacted(sources, keep, dims)
-    ready = [source if source.is_contiguous() else dense(source) for source in sources]
-    try:
-        ops.filter_kernels(concrete).compact(ready, keep, dims, outs)
-    except RuntimeError:
-        _check_indices(keep, [t.shape[d] for t, d in zip(sources, dims, strict=True)])
-        raise
+        return _by_torch(tensors, keep, dims)
+    outs: list[Tensor]
+    outs, wrong = ops.kernel("compact_filters", concrete)(dense(tensors), keep, dims)
+    if wrong >= 0:
+        _raise_for(places[wrong], keep[wrong], tensors[wrong].shape[dims[wrong]])
     return outs
 
 
-def _check_indices(indices: Sequence[Tensor], sizes: Sequence[int]) -> None:
+def _all_on_cpu(tensors: list[Tensor]) -> bool:
+    return all([t.is_cpu for t in tensors])  # noqa: C419  (a generator takes three times as long)
+
+
+def _by_torch(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) -> list[Tensor]:
+    outs = ops.new_compacted(tensors, keep, dims)
+    for tensor, index, dim, out in zip(tensors, keep, dims, outs, strict=True):
+        torch.index_select(tensor, dim, index, out=out)
+    return outs
+
+
+def _check_indices(keep: Sequence[Tensor], sizes: Sequence[int], places: Sequence[int]) -> None:
     """All index tensors of a device in a few operators and one look at the result: a network has hundreds, and on a
     GPU every look waits. Which one is wrong, and how, is looked up only when one is.
     """
-    # By device, and once for every (id of an index tensor, size): its first place in the list.
+    # By device, and once for every (id of an index tensor, size): its first number in the list.
     by_device: dict[torch.device, dict[tuple[int, int], int]] = {}
-    for i, (index, size) in enumerate(zip(indices, sizes, strict=True)):
+    for i, (index, size) in enumerate(zip(keep, sizes, strict=True)):
         by_device.setdefault(index.device, {}).setdefault((id(index), size), i)
-    for places in by_device.values():
-        members = list(places.values())
-        if not _in_range_and_unique([indices[i] for i in members], [sizes[i] for i in members]):
+    for numbers in by_device.values():
+        members = list(numbers.values())
+        if not _in_range_and_unique([keep[i] for i in members], [sizes[i] for i in members]):
             for i in members:
-                _raise_if_wrong(i, indices[i], sizes[i])
+                _raise_for(places[i], keep[i], sizes[i])
 
 
 def _in_range_and_unique(indices: Sequence[Tensor], sizes: Sequence[int]) -> bool:
@@ -121,13 +120,14 @@ def _in_range_and_unique(indices: Sequence[Tensor], sizes: Sequence[int]) -> boo
     return bool(inside.all() & (taken.sum() == flat.numel()))
 
 
-def _raise_if_wrong(i: int, index: Tensor, size: int) -> None:
+def _raise_for(place: int, index: Tensor, size: int) -> None:
+    """Raise if these indices are wrong, and say how."""
     if index.numel() == 0:
         return
     ordered = index.sort().values
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if repeated.numel():
-        raise ValueError(f"keep[{i}]: expected unique indices, got {int(repeated[0])} more than once")
+        raise ValueError(f"keep[{place}]: expected unique indices, got {int(repeated[0])} more than once")
     low, high = int(ordered[0]), int(ordered[-1])
     if low < 0 or high >= size:
-        raise IndexError(f"keep[{i}]: expected indices in [0, {size}), got {low if low < 0 else high}")
+        raise IndexError(f"keep[{place}]: expected indices in [0, {size}), got {low if low < 0 else high}")

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models import all_tensors, canonical_names, check_dense_weights, check_no_fake_quantisation
+from ...models import (
+    all_tensors,
+    canonical_names,
+    check_dense_weights,
+    check_no_fake_quantisation,
+    find_wrapper,
+)
 from ..graph.branches import IDENTITY, ZEROS
 from .apply import apply_cuts
 from .cuts import Cut, CutError
@@ -171,7 +177,7 @@ def source_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in all_tensors(model) if names[n] == n}
 
 
-_WRAPPERS = {
+_REMEDIES = {
     "DistributedDataParallel": "pass model.module, and wrap the result again",
     "DataParallel": "pass model.module, and wrap the result again",
     "FullyShardedDataParallel": "compact the model before it is sharded, and wrap the result",
@@ -183,16 +189,12 @@ _WRAPPERS = {
 
 def check_plain_module(model: nn.Module, caller: str) -> None:
     """ValueError for a wrapper whose inside must not change its shapes, with what to do instead."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model: expected an nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                at = f" at {path}" if path else ""
-                raise ValueError(
-                    f"{caller}: the model is wrapped in {base.__name__}{at}, which keeps references to "
-                    "tensors of the "
-                    f"old shapes; {_WRAPPERS[base.__name__]}"
-                )
+    wrapper = find_wrapper(model, caller)
+    if wrapper is not None:
+        name, at = wrapper
+        raise ValueError(
+            f"{caller}: the model is wrapped in {name}{at}, which keeps references to tensors of the old shapes; "
+            f"{_REMEDIES[name]}"
+        )
     check_dense_weights(model, caller)
     check_no_fake_quantisation(model, caller)

@@ -59,10 +59,11 @@ class Search:
         self.check, self.options = check, options
         self.source = source_shapes(model)
         self.notes: list[str] = []
+        self.replaced: Mapping[str, str] = {}  # dead branches
         self.alone: set[str] = set()  # modules of the user's whose numbers do not follow
         self.needed: set[tuple[str, int]] = (
             set()
-        )  # dimensions of tensors whose size the forward code depends on
+        )  # dimensions of tensors that the forward code needs as they are
 
     def run(self, strict: bool) -> Found:
         """Rounds until one finds nothing more, as one plan: the result is as small as it gets."""
@@ -95,18 +96,18 @@ class Search:
         return found
 
     def _round(self, strict: bool) -> Found:
-        replaced, analysis = self._replace_branches()
+        analysis = self._replace_branches()
         solver = Solver(analysis, self.options)
         forbidden = torch.zeros(len(solver.sets), dtype=torch.bool, device="cpu")
         for axis in self.needed & solver.axes.keys():
             forbidden[solver.axes[axis]] = True
-        found = self._largest(solver, replaced, forbidden, self.check.require_equal)
+        found = self._largest(solver, forbidden, self.check.require_equal)
         if not strict:
             # What the forward code forbids is found with exact removals, where a difference means a mistake; here
             # only a forward that fails does.
             exact, solver = solver, Solver(Analysis(analysis.graph, strict=False), self.options)
             forbidden = solver.translate(forbidden, exact)
-            found = self._largest(solver, replaced, forbidden, self.check.error)
+            found = self._largest(solver, forbidden, self.check.error)
         self.needed |= {axis for axis, channels in solver.axes.items() if bool(forbidden[channels].any())}
         for channel in (forbidden & ~solver.sets.pinned).nonzero().flatten().tolist():
             solver.reasons.setdefault(channel, "the forward code depends on its size")
@@ -117,9 +118,8 @@ class Search:
         plan.apply(candidate)
         return candidate
 
-    def _replace_branches(self) -> tuple[Mapping[str, str], Analysis]:
-        """The dead branches that can be replaced, confirmed by a run, and the analysis of the model without
-        them."""
+    def _replace_branches(self) -> Analysis:
+        """The analysis of the model without the dead branches that can be replaced, as a run confirms."""
         base = copy_without_hooks(self.model)
         try:
             if any(hooks(m) for m in self.model.modules()):
@@ -136,11 +136,11 @@ class Search:
         analysis = Analysis(graph, strict=True)
         found = dead_branches(analysis)
         holding = _confirmed(list(found), lambda known, more: self._replacement_holds(found, known, more))
-        replaced = {path: found[path] for path in holding}
-        if replaced:
-            base = self._cut(CompactionPlan(self.source, replaced=replaced))
+        self.replaced = {path: found[path] for path in holding}
+        if self.replaced:
+            base = self._cut(CompactionPlan(self.source, replaced=self.replaced))
             analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
-        return replaced, analysis
+        return analysis
 
     def _look_at_training_mode(self, unreached: list[str]) -> None:
         """Parameters that eval mode does not read may belong to a part that reads features in training mode."""
@@ -162,22 +162,16 @@ class Search:
             return False
         return True
 
-    def _largest(
-        self,
-        solver: Solver,
-        replaced: Mapping[str, str],
-        forbidden: Tensor,
-        confirm: Callable[[nn.Module], float],
-    ) -> _Removal:
+    def _largest(self, solver: Solver, forbidden: Tensor, confirm: Callable[[nn.Module], float]) -> _Removal:
         """The removal of as many families of channels, none of them `forbidden`, as `confirm` gives an error for
         instead of Mismatch; the others go into `forbidden`."""
         rehearsal: Rehearsal | None = None
         while True:
-            removed, plan, candidate = self._candidate(solver, replaced, forbidden)
+            removed, plan, candidate = self._candidate(solver, forbidden)
             try:
                 return _Removal(removed, plan, candidate, confirm(candidate))
             except Mismatch as mismatch:
-                if (unled := self._without_following(solver, replaced, removed, confirm)) is not None:
+                if (unled := self._without_following(solver, removed, confirm)) is not None:
                     return unled
                 if not bool(removed.any()):
                     raise ValueError(
@@ -185,13 +179,12 @@ class Search:
                         f"time: {mismatch}"
                     ) from mismatch
             if rehearsal is None:
-                rehearsal = Rehearsal(
-                    solver, self._cut(CompactionPlan(self.source, replaced=replaced)), self.args, self.kwargs
-                )
+                base = self._cut(CompactionPlan(self.source, replaced=self.replaced))
+                rehearsal = Rehearsal(solver, base, self.args, self.kwargs)
             incidents = rehearsal.incidents(candidate, removed)
-            needed = self._needed(solver, replaced, forbidden, rehearsal, incidents)
+            needed = self._needed(solver, forbidden, rehearsal, incidents)
             if not needed:
-                return self._largest_by_halves(solver, replaced, forbidden, confirm)
+                return self._largest_by_halves(solver, forbidden, confirm)
             for family, problem in needed.items():
                 self.notes.append(_cannot_leave(solver, family, problem))
                 forbidden |= solver.family == family
@@ -199,18 +192,19 @@ class Search:
     def _without_following(
         self,
         solver: Solver,
-        replaced: Mapping[str, str],
         removed: Tensor,
         confirm: Callable[[nn.Module], float],
     ) -> _Removal | None:
         """The same removal, if it holds where some numbers that modules keep stay as they are."""
-        sizes = Sizes(solver, removed, make_plan(solver, removed, self.source, replaced).cuts, self.source)
+        sizes = Sizes(
+            solver, removed, make_plan(solver, removed, self.source, self.replaced).cuts, self.source
+        )
         paths = sorted(set(sizes.followed()) - self.alone)
         confirmed: list[_Removal] = []
 
         def holds(known: list[str], more: list[str]) -> bool:
             alone = self.alone | (set(paths) - {*known, *more})
-            plan = make_plan(solver, removed, self.source, replaced, alone)
+            plan = make_plan(solver, removed, self.source, self.replaced, alone)
             candidate = self._cut(plan)
             try:
                 confirmed[:] = [_Removal(removed, plan, candidate, confirm(candidate))]
@@ -224,12 +218,7 @@ class Search:
         return confirmed[0]
 
     def _needed(
-        self,
-        solver: Solver,
-        replaced: Mapping[str, str],
-        forbidden: Tensor,
-        rehearsal: Rehearsal,
-        incidents: list[Incident],
+        self, solver: Solver, forbidden: Tensor, rehearsal: Rehearsal, incidents: list[Incident]
     ) -> dict[int, str]:
         """Families that the forward code needs -> what it raises without them. Of an incident's suspects, the last one
         of the shortest list that has to stay for the incident to be gone; all incidents at once."""
@@ -241,7 +230,7 @@ class Search:
                 break
             kept = [*found, *(family for i, count in tried.items() for family in i.suspects[:count])]
             stays = forbidden | torch.isin(solver.family, torch.tensor(kept, dtype=torch.int64, device="cpu"))
-            removed, _, candidate = self._candidate(solver, replaced, stays)
+            removed, _, candidate = self._candidate(solver, stays)
             places = {i.place for i in rehearsal.incidents(candidate, removed)}
             for i, count in tried.items():
                 if i.place not in places:
@@ -252,19 +241,13 @@ class Search:
                     bounds[i][0] = count
         return found | {i.suspects[hi - 1]: i.problem for i, (_, hi) in bounds.items()}
 
-    def _candidate(
-        self, solver: Solver, replaced: Mapping[str, str], stays: Tensor
-    ) -> tuple[Tensor, CompactionPlan, nn.Module]:
+    def _candidate(self, solver: Solver, stays: Tensor) -> tuple[Tensor, CompactionPlan, nn.Module]:
         removed = solver.solve(stays)
-        plan = make_plan(solver, removed, self.source, replaced, self.alone)
+        plan = make_plan(solver, removed, self.source, self.replaced, self.alone)
         return removed, plan, self._cut(plan)
 
     def _largest_by_halves(
-        self,
-        solver: Solver,
-        replaced: Mapping[str, str],
-        forbidden: Tensor,
-        confirm: Callable[[nn.Module], float],
+        self, solver: Solver, forbidden: Tensor, confirm: Callable[[nn.Module], float]
     ) -> _Removal:
         """`_largest` where the shapes do not say which channels are needed: a trial for each half of them."""
         families = solver.family[solver.solve(forbidden)].unique().tolist()
@@ -275,7 +258,7 @@ class Search:
             stays = forbidden | torch.isin(
                 solver.family, torch.tensor(others, dtype=torch.int64, device="cpu")
             )
-            removed, plan, candidate = self._candidate(solver, replaced, stays)
+            removed, plan, candidate = self._candidate(solver, stays)
             try:
                 error = confirm(candidate)
             except Mismatch as mismatch:

@@ -42,7 +42,7 @@ class Grid {
 
   Index thread_index, block_index;
   uint64_t exchange[1024];  // a slot per thread, for shuffles
-  int64_t launches = 0;
+  int64_t launches = 0, blocks = 0;
   std::vector<double> dynamic_shared;
 
  private:
@@ -116,6 +116,7 @@ inline void Grid::launch(const std::function<void()>& kernel, unsigned blocks, u
   if (shared_bytes > 48 << 10) fail("more dynamic shared memory than a launch may have without asking");
   kernel_ = &kernel;
   ++launches;
+  this->blocks += blocks;
   for (unsigned block = 0; block < blocks; ++block) {
     block_index.x = block;
     dynamic_shared.assign((shared_bytes + 7) / 8, NAN);

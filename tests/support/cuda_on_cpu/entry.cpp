@@ -2,8 +2,9 @@
 
 #include <vector>
 
-#include "../../csrc/cuda/filters.h"
-#include "../../csrc/cuda/flow.h"
+#include "../../../csrc/cuda/filters.h"
+#include "../../../csrc/cuda/flow.h"
+#include "../../../csrc/cuda/groups.h"
 #include "cuda_on_cpu.h"
 
 namespace {
@@ -20,6 +21,8 @@ std::vector<ffr::cuda::StageView> stages_of(int64_t count, const int32_t* dtypes
   }
   return stages;
 }
+
+ffr::PairSplit pair_split(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5] != 0}; }
 
 template <typename Call>
 int64_t counted(Call call) {
@@ -61,11 +64,49 @@ int64_t flow_backward_at(int32_t dtype, int64_t length, int64_t numel, int64_t g
 int64_t filter_norms(int64_t count, const int32_t* dtypes, const int64_t* splits, void** data, double p,
                      double* out) {
   std::vector<ffr::NormTensor> tensors;
+  std::vector<double*> outs;
   for (int64_t i = 0; i < count; ++i) {
     tensors.push_back(
         {static_cast<ffr::DType>(dtypes[i]), {splits[3 * i], splits[3 * i + 1], splits[3 * i + 2]}, data[i]});
+    outs.push_back(out);
+    out += splits[3 * i + 1];
   }
-  return counted([&] { return ffr::cuda::filter_norms(tensors.data(), count, p, out, nullptr); });
+  return counted([&] { return ffr::cuda::filter_norms(tensors.data(), count, p, outs.data(), nullptr); });
+}
+
+// splits: outer, first, middle, second, inner, rows_first of each tensor.
+int64_t row_column_norms(int64_t count, const int32_t* dtypes, const int64_t* splits, void** data, double p,
+                         double* out) {
+  std::vector<ffr::PairNormTensor> tensors;
+  for (int64_t i = 0; i < count; ++i) {
+    const ffr::PairSplit split = pair_split(splits + 6 * i);
+    tensors.push_back({static_cast<ffr::DType>(dtypes[i]), split, data[i], out, out + num_rows(split)});
+    out += num_rows(split) + num_columns(split);
+  }
+  std::vector<double> scratch(ffr::cuda::row_column_norms_scratch(tensors.data(), count), NAN);
+  return counted(
+      [&] { return ffr::cuda::row_column_norms(tensors.data(), count, p, scratch.data(), nullptr); });
+}
+
+// Of no grads: shrink.
+int64_t scale(int64_t count, const int32_t* dtypes, const int64_t* splits, void** weights, void** grads,
+              void** rows, void** columns, const double* slopes, const double* taus) {
+  std::vector<ffr::ScaledTensor> tensors;
+  for (int64_t i = 0; i < count; ++i) {
+    tensors.push_back({static_cast<ffr::DType>(dtypes[i]), pair_split(splits + 6 * i), weights[i],
+                       grads ? grads[i] : nullptr, rows[i], columns[i], slopes[i], taus[i]});
+  }
+  return counted([&] {
+    return grads ? ffr::cuda::add_scaled(tensors.data(), count, nullptr)
+                 : ffr::cuda::shrink(tensors.data(), count, nullptr);
+  });
+}
+
+// Blocks of all kernels that were launched since the last question.
+int64_t take_blocks() {
+  const int64_t blocks = cuda_on_cpu::Grid::instance().blocks;
+  cuda_on_cpu::Grid::instance().blocks = 0;
+  return blocks;
 }
 
 int64_t compact_filters(int64_t count, const int64_t* element_sizes, const int64_t* splits, void** sources,
