@@ -47,17 +47,17 @@ def compact(
 ) -> Compaction:
     """Take the dead channels out of a model, exactly or not at all.
 
-    The model is traced with ``torch.export`` in eval mode. A channel leaves if it is the constant 0, or a
-    constant that all its readers absorb in their biases, or merge into the weights of another constant channel that
-    stays, or if nobody reads it, together with all channels coupled to it (residual additions, depthwise
-    convolutions, groups). Everything else stays, and the report says why. The result is run against ``model`` before it
-    is returned; what does not hold is not removed. Where eval mode leaves parameters unread (auxiliary classifiers), it
-    also has to run in training mode.
+    The model is traced with ``torch.export`` in eval mode. A channel leaves if it is the constant 0, or a constant
+    that all its readers absorb in their biases, or merge into the weights of another constant channel that stays,
+    or if nobody reads it, together with all channels coupled to it (residual additions, depthwise convolutions,
+    groups). Everything else stays, and the report says why. The result is run against ``model`` before it is
+    returned; what does not hold is not removed. Where eval mode leaves parameters unread (auxiliary classifiers),
+    it also has to run in training mode.
 
     Args:
         model: Any module that ``torch.export`` can trace. It is not changed, unless ``inplace``.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; their shapes are what is
-            traced.
+        traced.
         optimizer: The optimizer that trains ``model``. Its parameters and their state (of any optimizer whose
             state has its parameter's shape: SGD, Adam, AdamW, ...) are exchanged in place: it goes on with
             the result.

@@ -41,6 +41,9 @@ class Sizes:
         self.solver, self.removed, self.cuts, self.source = solver, removed, cuts, source
         self.graph = solver.analysis.graph
         self.known: Attributes = {}
+        self._told: set[tuple[str, str]] = (
+            set()
+        )  # (path, attribute) that the shape of a weight tells, changed or not
         self._evidence: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._look_at_known_modules()
         self._look_at_tensors()
@@ -84,11 +87,13 @@ class Sizes:
             values = _sizes(module, self._weight_shape(path), groups.get(path))
             for attribute, new in values.items():
                 old = getattr(module, attribute)
+                self._told.add((path, attribute))
                 self._evidence[path][old].add(new)
                 if old != new:
                     self.known.setdefault(path, {})[attribute] = new
         for path, attribute, labels in self.solver.analysis.sized:
             owner = self.graph.modules.get(path)
+            self._told.add((path, attribute))
             size = self._left(labels)
             if owner is not None and getattr(owner, attribute, size) != size:
                 self.known.setdefault(path, {})[attribute] = size
@@ -134,6 +139,8 @@ class Sizes:
                 continue
             seen.add(id(module))
             for attribute, value in vars(module).items():
+                if (path, attribute) in self._told:
+                    continue
                 if type(value) is int and value > 1 and not _OTHER.search(attribute):
                     found.append((path, attribute, value))
                 elif isinstance(value, list | tuple) and value and all(type(v) is int for v in value):

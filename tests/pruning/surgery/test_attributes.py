@@ -108,6 +108,19 @@ def test_a_number_that_the_forward_uses_for_something_else_does_not_follow() -> 
     torch.testing.assert_close(result.model(x), model(x))
 
 
+def test_sizes_of_a_layer_derived_from_one_of_torchs_are_those_of_its_weight() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(3, 16, 3), nn.ReLU(), Own(16, 16, 3), nn.ReLU(), Own(16, 16, 3)).eval()
+    kill(model[0], [0, 1])
+    kill(model[2], [0, 1, 2])
+    result = compact(model, torch.randn(IMAGE), measure=False)
+    assert [(m.in_channels, m.out_channels) for m in result.model[::2]] == [(3, 14), (14, 13), (13, 16)]
+    assert result.report.notes == []
+
+
 # ---------------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------------
