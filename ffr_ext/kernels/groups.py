@@ -56,7 +56,7 @@ def _norms_of_tile(
 ):
     column = first_column + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float64)
-    for part in tl.static_range(0, PARTS):
+    for part in range(0, PARTS):  # unrolled, its loads would fill all registers
         run = first_run + part * ROWS + tl.arange(0, ROWS)
         mask = (run < runs)[:, None] & (column < columns)[None, :]
         value = tl.abs(
@@ -97,7 +97,7 @@ def pair_norms_kernel(
     first_column = tile % across * COLS
     if tl.load(row + 7) == 1:  # whole accesses: every run begins at one
         _norms_of_tile(
-            tl.multiple_of(address, 16).to(tl.pointer_type(TYPE)),
+            tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16),
             of_runs,
             of_columns,
             first_run,
@@ -228,8 +228,8 @@ def scale_kernel(
     first_column = tile % across * COLS
     if tl.load(row + 7) == 1:
         _scale_tile(
-            tl.multiple_of(weight, 16).to(tl.pointer_type(TYPE)),
-            tl.multiple_of(grad, 16).to(tl.pointer_type(TYPE)),
+            tl.multiple_of(weight.to(tl.pointer_type(TYPE)), 16),
+            tl.multiple_of(grad.to(tl.pointer_type(TYPE)), 16),
             first,
             second,
             first_run,
