@@ -17,11 +17,11 @@ from .. import ops
 from . import sizes
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_ROW = 8  # integers that describe a tensor
+ROW = 16  # integers that describe a tensor, at most
 
 
 @triton.jit
-def _owner(table, program, TENSORS: tl.constexpr, ROW: tl.constexpr):
+def owner(table, program, TENSORS: tl.constexpr, ROW: tl.constexpr):
     """The tensor a program works for: the number of tensors whose programs all come before it. Column 0:
     their end.
     """
@@ -54,7 +54,7 @@ def norms_kernel(
     table, out, NORM: tl.constexpr, TENSORS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0).to(tl.int64)
-    row = table + _owner(table, program, TENSORS, ROW) * ROW
+    row = table + owner(table, program, TENSORS, ROW) * ROW
     filters = tl.load(row + 1)
     elements = tl.load(row + 2)  # of a filter
     inner = tl.load(row + 3)
@@ -85,7 +85,7 @@ def norms_kernel(
     else:
         # tl.max drops NaN; the sum of what is NaN is NaN, of the rest 0.
         result = tl.max(total) + tl.sum(tl.where(total != total, total, 0.0))
-    tl.store(out + program, result)
+    tl.store(out + tl.load(row + 6) + program, result)
 
 
 @triton.jit
@@ -110,10 +110,10 @@ def _gather(row, first, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def gather_kernel(table, units_of, TENSORS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    owner = _owner(table, program, TENSORS, ROW)
-    row = table + owner * ROW
-    size = tl.load(units_of + 2 * owner)
-    first = (program - tl.load(units_of + 2 * owner + 1)) * BLOCK
+    item = owner(table, program, TENSORS, ROW)
+    row = table + item * ROW
+    size = tl.load(units_of + 2 * item)
+    first = (program - tl.load(units_of + 2 * item + 1)) * BLOCK
     if size == 8:
         _gather(row, first, tl.int64, BLOCK)
     elif size == 4:
@@ -126,26 +126,39 @@ def gather_kernel(table, units_of, TENSORS: tl.constexpr, ROW: tl.constexpr, BLO
 
 def filter_norms(weights: Sequence[Tensor], dims: Sequence[int], p: float, out: Tensor) -> None:
     """The p-norm (1, 2 or inf) of every filter of every weight, one tensor's after another, into `out`
-    (float64).
+    (float64). A dimension of -1: those of the slices of dimension 0 and of dimension 1, in one read.
     """
+    counts = [
+        int(w.shape[d] if d >= 0 else w.shape[0] + w.shape[1]) for w, d in zip(weights, dims, strict=True)
+    ]
+    parts = list(zip(weights, dims, out.split(counts), strict=True))
+    pairs = [(weight, part) for weight, dim, part in parts if dim < 0]
+    if pairs:
+        from .groups import pair_norms
+
+        places = [part.storage_offset() - out.storage_offset() for _, part in pairs]
+        pair_norms([weight for weight, _ in pairs], p, out, places)
     rows, programs = [], 0
-    for weight, dim in zip(weights, dims, strict=True):
-        outer, filters, inner = _split(weight, dim)
-        programs += filters
-        rows.append(
-            [programs, filters, outer * inner, max(inner, 1), _DTYPES[weight.dtype], weight.data_ptr(), 0, 0]
-        )
+    for weight, dim, part in parts:
+        if dim < 0:
+            continue
+        outer, filters, inner = split_at(weight, dim)
+        first, programs = programs, programs + filters
+        begin = int(part.storage_offset() - out.storage_offset())
+        described = [outer * inner, max(inner, 1), _DTYPES[weight.dtype], weight.data_ptr(), begin - first]
+        rows.append([programs, filters, *described])
     if programs == 0:
         return
-    with _device(out):
+    with device_of(out):
         norms_kernel[(programs,)](
-            _table(rows, out.device),
+            table(rows, out.device),
             out,
             NORM={1.0: 1, 2.0: 2, float("inf"): 0}[p],
             TENSORS=triton.next_power_of_2(len(rows)),
-            ROW=_ROW,
+            ROW=ROW,
             BLOCK=sizes.FILTER_BLOCK,
             num_warps=sizes.FILTER_WARPS,
+            **sizes.LAUNCH,
         )
 
 
@@ -154,7 +167,7 @@ def compact_filters(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) 
     outs = ops.new_compacted(tensors, keep, dims)
     rows, units_of, programs = [], [], 0
     for tensor, indices, dim, out in zip(tensors, keep, dims, outs, strict=True):
-        outer, filters, inner = _split(tensor, dim)
+        outer, filters, inner = split_at(tensor, dim)
         row_bytes = inner * tensor.element_size()
         # The widest integer that divides a row and the addresses it starts from.
         bits = tensor.data_ptr() | out.data_ptr() | row_bytes | 8
@@ -166,19 +179,20 @@ def compact_filters(tensors: list[Tensor], keep: list[Tensor], dims: list[int]) 
         rows.append([programs, units, max(row_bytes // unit, 1), filters, max(indices.numel(), 1), *pointers])
     if programs == 0:
         return outs, -1
-    with _device(outs[0]):
+    with device_of(outs[0]):
         gather_kernel[(programs,)](
-            _table(rows, outs[0].device),
+            table(rows, outs[0].device),
             torch.tensor(units_of, dtype=torch.int64, device=outs[0].device),
             TENSORS=triton.next_power_of_2(len(rows)),
-            ROW=_ROW,
+            ROW=ROW,
             BLOCK=sizes.FILTER_BLOCK,
             num_warps=sizes.FILTER_WARPS,
+            **sizes.LAUNCH,
         )
     return outs, -1
 
 
-def _split(tensor: Tensor, dim: int) -> tuple[int, int, int]:
+def split_at(tensor: Tensor, dim: int) -> tuple[int, int, int]:
     """[outer][dim][inner] of the storage of a dense tensor with any order of strides."""
     filters = tensor.shape[dim]
     if tensor.numel() == 0:
@@ -189,11 +203,12 @@ def _split(tensor: Tensor, dim: int) -> tuple[int, int, int]:
     return tensor.numel() // (filters * inner), filters, inner
 
 
-def _table(rows: list[list[int]], device: torch.device) -> Tensor:
+def table(rows: list[list[int]], device: torch.device) -> Tensor:
     """The rows, padded to a power of two with rows that no program belongs to."""
-    padding = [[torch.iinfo(torch.int64).max] * _ROW] * (triton.next_power_of_2(len(rows)) - len(rows))
-    return torch.tensor(rows + padding, dtype=torch.int64, device=device)
+    filled = [row + [0] * (ROW - len(row)) for row in rows]
+    padding = [[torch.iinfo(torch.int64).max] * ROW] * (triton.next_power_of_2(len(rows)) - len(rows))
+    return torch.tensor(filled + padding, dtype=torch.int64, device=device)
 
 
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

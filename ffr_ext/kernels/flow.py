@@ -1,7 +1,7 @@
 """Triton's flow_forward, flow_backward and flow_backward_at, with the op contract of docs/design.md section
 5.
 
-One forward and one backward launch per stage of up to 64 features (a longer one runs in pieces that share
+One forward and one backward launch per stage of up to 32 features (a longer one runs in pieces that share
 two), and one small launch, or two, to add up the tiles' sums. Nothing is copied to the device, waited for or
 tuned: the calls can be captured in a CUDA graph.
 """
@@ -97,7 +97,7 @@ def _forward_stage(
             TERMS=triton.next_power_of_2(end - begin),
             BLOCK=block,
             num_warps=sizes.FORWARD_WARPS,
-            num_stages=1,
+            **sizes.LAUNCH,
         )
     while tiles > 1:
         parts = triton.cdiv(tiles, sizes.ADD_PART)
@@ -114,7 +114,7 @@ def _forward_stage(
             PART=sizes.ADD_PART,
             BLOCK=sizes.ADD_BLOCK,
             num_warps=sizes.ADD_WARPS,
-            num_stages=1,
+            **sizes.LAUNCH,
         )
         slots, tiles = sums, parts
 
@@ -212,7 +212,7 @@ def _backward_piece(
         VEC=shape.vec,
         BLOCK=block,
         num_warps=sizes.BACKWARD_WARPS,
-        num_stages=1,
+        **sizes.LAUNCH,
     )
     grid = (stage.groups * tiles,)
     at = (stage.groups, first_plane, stage.length - 1)

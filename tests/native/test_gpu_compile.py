@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from machine_code import cuobjdump, instructions, resources, widths
 ROOT = Path(__file__).parents[2]
 TRITON_ARCHS = [80, 90, 100]
 CUDA_ARCHS = [80, 90, 100, 120]
-CUDA_SOURCES = ["flow_forward", "flow_backward", "filters"]
+CUDA_SOURCES = ["flow_forward", "flow_backward", "filters", "groups"]
 
 # Some minutes of compiling on two cores.
 pytestmark = pytest.mark.slow
@@ -101,16 +102,35 @@ def test_cuda_kernels_access_16_bytes(arch: int, cuda_kernels: Any) -> None:
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_cuda_kernels_for_groups_access_16_bytes_and_each_once(arch: int, cuda_kernels: Any) -> None:
+    """Per thread: 8 rows of a weight for the norms; 4 accesses of a weight, and of a gradient where there is one."""
+    kernels = cuda_kernels[arch, "groups"]
+    norms = [k for k in kernels if "pair_norms_kernel" in k.name]
+    scaling = [k for k in kernels if "scale_kernel" in k.name]
+    assert len(norms) == 12  # 4 dtypes, 3 norms
+    assert len(scaling) == 8  # 4 dtypes, add or shrink
+    for kernel in norms:
+        assert widths(kernel.code, "LDG").count(128) == 8, kernel.name
+    for kernel in scaling:
+        shrink = "Lb1" in kernel.name
+        assert widths(kernel.code, "LDG").count(128) == (4 if shrink else 8), kernel.name
+        assert widths(kernel.code, "STG").count(128) == 4, kernel.name
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
 def test_cuda_kernels_leave_room_for_enough_warps(arch: int, cuda_kernels: Any) -> None:
     """16 warps on a multiprocessor (65536 registers), each with four 512-byte loads in flight, are 32 KiB: more
     than the 25 KiB an H200 needs."""
-    for source in ("flow_forward", "flow_backward"):
+    for source in ("flow_forward", "flow_backward", "groups"):
         for kernel in cuda_kernels[arch, source]:
             assert kernel.registers <= 128, f"{kernel.name}: {kernel.registers} registers"
 
 
 # ------------------------------------------------------------------------------------------------ Triton
 
+TRITON_SOURCES = ["flow_kernels", "filters", "groups"]
 # (dtype, features, squared, elements): what is launched for one stage.
 TRITON_STAGES = [
     ("float32", 6, False, 1 << 18),
@@ -133,8 +153,9 @@ def compile_triton(arch: int, directory: Path) -> None:
     import torch
     from machine_code import compile_launch, recorded_launches
 
-    from ffr_ext.kernels import filters, flow
+    from ffr_ext.kernels import filters, flow, groups
 
+    warnings.simplefilter("error")  # Triton warns where it will change its mind
     index: list[dict[str, Any]] = []
 
     def add(name: str, launches: list[Any], **about: Any) -> None:
@@ -164,6 +185,20 @@ def compile_triton(arch: int, directory: Path) -> None:
     with recorded_launches() as launches:
         filters.compact_filters(weights, [torch.arange(4)] * 3, dims)
     add("compaction", launches, vector=True, length=3, squared=False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weights = [torch.empty(128, 64, 3, 3, dtype=dtype)]
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        rows, columns = [torch.empty(128, dtype=compute)], [torch.empty(64, dtype=compute)]
+        for norm in (1.0, 2.0, float("inf")):
+            with recorded_launches() as launches:
+                filters.filter_norms(weights, [-1], norm, torch.empty(192, dtype=torch.float64))
+            add(f"{dtype} norm {norm}", launches, vector=True, length=0, squared=False)
+        with recorded_launches() as launches:
+            groups.add_scaled_(weights, weights, rows, columns, [0.0], [0.0])
+        add(f"{dtype} add", launches, vector=True, length=2, squared=False)
+        with recorded_launches() as launches:
+            groups.shrink_(weights, rows, columns, [0.0])
+        add(f"{dtype} shrink", launches, vector=True, length=1, squared=False)
     (directory / "index.json").write_text(json.dumps(index))
 
 
@@ -187,7 +222,7 @@ def triton_kernels(
 
 def test_every_triton_kernel_compiles(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
     """The interpreter takes what the compiler refuses, such as a variable whose type depends on a branch."""
-    source = "".join((ROOT / "ffr_ext/kernels" / f).read_text() for f in ("flow_kernels.py", "filters.py"))
+    source = "".join((ROOT / "ffr_ext/kernels" / f"{name}.py").read_text() for name in TRITON_SOURCES)
     written = set(re.findall(r"def (\w+_kernel)\(", source))
     assert {kernel.name for _, kernel in triton_kernels} == written
 
@@ -212,6 +247,11 @@ def test_triton_kernels_access_16_bytes(triton_kernels: list[tuple[dict[str, Any
             assert [w for w in loads if w < 64] == [], item["name"]  # 64: the coefficients
         elif kernel.name == "backward_signs_kernel":
             assert set(stores) == {128}, item["name"]
+        elif kernel.name == "pair_norms_kernel":
+            assert loads.count(128) == 4, item["name"]  # in a loop of PAIR_PARTS
+        elif kernel.name == "scale_kernel":  # length: tensors read
+            assert loads.count(128) >= 4 * features, item["name"]
+            assert stores.count(128) == 4, item["name"]
 
 
 def test_triton_forward_kernels_need_no_barrier(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:

@@ -44,6 +44,7 @@ else:
 
     from ffr_ext.kernels import filters, flow
     from ffr_ext.kernels import sizes as config
+    from ffr_ext.regularizers.fused import add_scaled_, row_column_norms, shrink_
 
     # Triton 3.6 makes an int of a numpy array with one dimension, which numpy 2.4 refuses.
     pytestmark = pytest.mark.skipif(
@@ -137,3 +138,50 @@ else:
         assert wrong == -1
         for out, tensor, dim, indices in zip(outs, tensors, dims, keep, strict=True):
             assert torch.equal(out, tensor.index_select(dim, indices))
+
+    def _group_weights(dtype: torch.dtype) -> list[Tensor]:
+        """Tiles of 16 or 128 rows and 32 accesses: less than one, whole ones, several, every order in memory."""
+        made = [
+            torch.randn(5, 3, 3, 3),
+            torch.randn(7, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+            torch.randn(130, 260),
+            torch.randn(140, 70).t(),
+            torch.randn(3, 4, 5, 2).permute(2, 1, 3, 0),
+            torch.randn(33, 1, 3, 3),
+            torch.randn(1, 9, 4),
+            torch.randn(4, 4, 64),
+            torch.empty(3, 0, 2),
+        ]
+        off_a_whole_access = torch.randn(1 + 20 * 64).to(dtype)[1:].view(20, 64)
+        return [*(w.to(dtype) for w in made), off_a_whole_access]
+
+    @pytest.mark.parametrize("p", [1, 2, float("inf")])
+    @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    def test_norms_of_rows_and_columns(dtype: torch.dtype, p: float) -> None:
+        weights = _group_weights(dtype)
+        weights[0][1, 2, 0, 0] = float("nan")
+        truth = row_column_norms([w.double() for w in weights], p, backend="reference")
+        for norms, expected in zip(row_column_norms(weights, p, backend="triton"), truth, strict=True):
+            for got, wanted in zip(norms, expected, strict=True):
+                assert got is not None
+                assert wanted is not None
+                torch.testing.assert_close(got, wanted.to(got.dtype), equal_nan=True)
+
+    @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+    def test_scaling_by_rows_and_columns(dtype: torch.dtype) -> None:
+        weights = [*_group_weights(dtype), torch.randn(300).to(dtype)]
+        rows = [torch.randn(w.shape[0]) if i % 3 else None for i, w in enumerate(weights)]
+        columns = [torch.randn(w.shape[1]) if i % 4 and w.dim() > 1 else None for i, w in enumerate(weights)]
+        slopes, taus = [i / 7 for i in range(len(weights))], [i / 16 for i in range(len(weights))]
+        grads = [torch.empty_like(w).copy_(torch.randn(w.shape)) for w in weights]
+        wanted = [torch.empty_like(g).copy_(g) for g in grads]
+        add_scaled_(grads, weights, rows, columns, slopes, taus, backend="triton")
+        add_scaled_(wanted, weights, rows, columns, slopes, taus, backend="reference")
+        for got, expected in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, expected)
+        wanted = [torch.empty_like(w).copy_(w) for w in weights]
+        shrink_(weights, rows, columns, taus, backend="triton")
+        shrink_(wanted, rows, columns, taus, backend="reference")
+        for got, expected in zip(weights, wanted, strict=True):
+            torch.testing.assert_close(got, expected)
