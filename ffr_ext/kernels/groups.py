@@ -56,7 +56,7 @@ def _norms_of_tile(
 ):
     column = first_column + tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float64)
-    for part in range(0, PARTS):  # unrolled, its loads would fill all registers
+    for part in range(PARTS):  # unrolled, its loads would fill all registers
         run = first_run + part * ROWS + tl.arange(0, ROWS)
         mask = (run < runs)[:, None] & (column < columns)[None, :]
         value = tl.abs(
