@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, FFRLoss, ffr_loss, flow_terms, reference
-from ffr_ext.flow.feature_flow import _just_in_time
+from ffr_ext.flow.penalties import _just_in_time
 from ffr_ext.functional import penalty
 
 LENGTHS = (5, 2, 0, 1)  # of four samples padded to 5; one of them is padding alone
