@@ -294,9 +294,11 @@ __device__ __forceinline__ void scale(const ScaleItem<T>& item, int64_t element,
   store<T, kVector>(kShrink ? item.weight : item.grad, element, count, pack<T>(out));
 }
 
-// Four blocks when shrinking: left to itself, ptxas takes 48 registers for sm_90 in half precision, and spills.
+// Four blocks when shrinking: left to itself, ptxas takes 48 registers for sm_90 in half precision, and
+// spills.
 template <typename T, bool kShrink>
-__global__ void __launch_bounds__(kThreads, kShrink ? 4 : 1) scale_kernel(const __grid_constant__ ScaleArgs<T> args) {
+__global__ void __launch_bounds__(kThreads, kShrink ? 4 : 1)
+    scale_kernel(const __grid_constant__ ScaleArgs<T> args) {
   constexpr int V = kVec<T>;
   int64_t block;
   const ScaleItem<T>& item = args.items[item_of_block(args.items, block)];
