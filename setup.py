@@ -9,6 +9,7 @@ gigabytes large, to build against.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -139,6 +141,15 @@ def locked(path: Path) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
+
+NEEDS_WHEEL = {"dist_info", "bdist_wheel", "editable_wheel"}
+if NEEDS_WHEEL.intersection(sys.argv) and not (
+    importlib.util.find_spec("setuptools.command.bdist_wheel") or importlib.util.find_spec("wheel")
+):
+    raise SystemExit(
+        f"ffr_ext: without build isolation setuptools {setuptools.__version__} needs the package wheel to make one; "
+        "setuptools 70.1 and newer do not: pip install -U setuptools"
+    )
 
 try:
     PLAN = make_plan(os.environ.get("FFR_EXT_BUILD", "auto"))

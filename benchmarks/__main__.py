@@ -4,6 +4,7 @@ python -m benchmarks            all benchmarks, on the GPU if there is one, else
 python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write
 python -m benchmarks loss --processes 5       medians over fresh processes
 python -m benchmarks step --device cuda
+python -m benchmarks arena --help             which method, for which budget, at what cost
 python -m benchmarks report     tables, plots and the README's table from the results on disk
 """
 
@@ -58,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--rows", type=Path, help=argparse.SUPPRESS
     )  # where a process of many leaves its rows
     given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["arena"]:
+        from .arena import main as arena  # trains: needs the examples' networks and data
+
+        return arena.main(given[1:])
     options = parser.parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)

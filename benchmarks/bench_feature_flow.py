@@ -1,10 +1,10 @@
-"""What the penalty adds to a training step when its gradients are made at once, just in time, or in place.
+"""What the penalty adds to a training step when its gradients are made at once or just in time.
 
 ``python -m benchmarks.bench_feature_flow`` trains twelve cheap blocks of one shape, so that the penalty is
 not lost in the network's own time. Providers: plain torch (eager), the same compiled, `ffr_loss` (one node
-for all features), `FeatureFlow` whose gradients autograd adds (apart), and `FeatureFlow` (in place). Added
-time is the median over rounds of the difference to the step without penalty of the same round, added memory
-the difference of the peaks in per cent of the captured features' bytes.
+for all features), and `FeatureFlow`. Added time is the median over rounds of the difference to the step
+without penalty of the same round, added memory the difference of the peaks in per cent of the captured
+features' bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss, reference
-from ffr_ext.flow import taps
 
 from .harness import Effort, Subject, peak_memory, time_in_turns
 
 PLAIN = "none"
-PROVIDERS = (PLAIN, "eager", "compile", "ffr_loss", "FeatureFlow, apart", "FeatureFlow")
+PROVIDERS = (PLAIN, "eager", "compile", "ffr_loss", "FeatureFlow")
 DEPTH = 12
 
 
@@ -75,10 +74,9 @@ class Step:
         blocks = [Block(case.shape[1]) for _ in range(DEPTH)]
         self.model = nn.Sequential(*blocks).to(device, case.dtype)
         self.x = torch.randn(case.shape, device=device, dtype=case.dtype)
-        self.provider = provider
         self.flow: FeatureFlow | None = None
         self.penalty: Callable[[list[Tensor]], Tensor] | None = None
-        if provider.startswith("FeatureFlow"):
+        if provider == "FeatureFlow":
             self.flow = FeatureFlow(self.model, list(self.model), norm=case.norm).attach()
         elif provider == "compile":
             self.penalty = torch.compile(
@@ -93,21 +91,17 @@ class Step:
 
     def run(self) -> None:
         """Forward, loss, backward."""
-        least, taps.MIN_BYTES = taps.MIN_BYTES, 1 << 62 if self.provider.endswith("apart") else taps.MIN_BYTES
-        try:
-            if self.penalty is not None:
-                features = [self.x]
-                for block in self.model:
-                    features.append(block(features[-1]))
-                loss = features[-1].square().mean() + self.penalty(features[1:])
-                del features
-            else:
-                loss = self.model(self.x).square().mean()
-                if self.flow is not None:
-                    loss = loss + self.flow.loss()
-            loss.backward()
-        finally:
-            taps.MIN_BYTES = least
+        if self.penalty is not None:
+            features = [self.x]
+            for block in self.model:
+                features.append(block(features[-1]))
+            loss = features[-1].square().mean() + self.penalty(features[1:])
+            del features
+        else:
+            loss = self.model(self.x).square().mean()
+            if self.flow is not None:
+                loss = loss + self.flow.loss()
+        loss.backward()
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters, after one run."""

@@ -1,13 +1,17 @@
-"""Images for the examples: scikit-learn's bundled digits, and CIFAR-10/100 from a folder in their
-published formats.
+"""Images for the examples: scikit-learn's bundled digits, and CIFAR-10/100, MNIST and Fashion-MNIST from a folder in
+their published formats.
 
-Nothing is downloaded. CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, "python version" or "binary
-version".
+Nothing is downloaded. CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, "python version" or "binary version". MNIST
+and Fashion-MNIST: the four IDX files, packed (.gz) or not; Debian has the latter in the package dataset-fashion-mnist.
 """
 
 from __future__ import annotations
 
+import gzip
+import math
 import pickle
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DATA = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist")
 PIXELS = 3 * 32 * 32
 
 
@@ -38,14 +43,14 @@ class Images:
 
 
 def load(name: str, folder: str | Path | None = None) -> Images:
-    """``"digits"``, or ``"cifar10"`` / ``"cifar100"`` with the folder that holds the unpacked archive."""
+    """``"digits"``, or another name of `DATA` with the folder that holds its files."""
     if name == "digits":
         return digits()
-    if name not in ("cifar10", "cifar100"):
-        raise ValueError(f"data: expected digits, cifar10 or cifar100, got {name!r}")
+    if name not in DATA:
+        raise ValueError(f"data: expected one of {', '.join(DATA)}, got {name!r}")
     if folder is None:
-        raise ValueError(f"data-dir: {name} needs the folder of the unpacked archive; nothing is downloaded")
-    return cifar(name, Path(folder))
+        raise ValueError(f"data-dir: {name} needs the folder of its files; nothing is downloaded")
+    return cifar(name, Path(folder)) if name.startswith("cifar") else idx(name, Path(folder))
 
 
 def digits() -> Images:
@@ -167,6 +172,55 @@ class _OnlyArrays(pickle.Unpickler):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
         return super().find_class(module, name)
+
+
+def idx(name: str, folder: Path) -> Images:
+    """MNIST or Fashion-MNIST: 60,000 and 10,000 images of 28x28 pixels in four IDX files."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data-dir: {folder} is {'a file' if folder.exists() else 'not there'}; expected a folder"
+        )
+    parts = []
+    for part in ("train", "t10k"):
+        pixels = _read_idx(_idx_file(name, folder, f"{part}-images", 3), 3)
+        labels = _read_idx(_idx_file(name, folder, f"{part}-labels", 1), 1)
+        if len(pixels) != len(labels):
+            raise ValueError(f"{folder}: {len(pixels)} {part} images and {len(labels)} labels")
+        if len(labels) and int(labels.max()) > 9:
+            raise ValueError(f"{folder}: label {int(labels.max())} does not exist in {name}")
+        parts += [torch.from_numpy(pixels)[:, None].float() / 255, torch.from_numpy(labels).long()]
+    return _normalised(name, 10, *parts, augment=False)
+
+
+def _idx_file(name: str, folder: Path, stem: str, rank: int) -> Path:
+    """The file under any of its usual names."""
+    names = [f"{stem}{dot}idx{rank}-ubyte{packed}" for dot in "-." for packed in ("", ".gz")]
+    found = next((folder / file for file in names if (folder / file).is_file()), None)
+    if found is None:
+        present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"data-dir: {folder} does not hold {name}: expected {names[0]} (or .gz); found {present}"
+        )
+    return found
+
+
+def _read_idx(path: Path, rank: int) -> np.ndarray:
+    """The bytes of an IDX file: two zeros, the type (8: unsigned bytes), the rank, the sizes, the values."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be unpacked: {error}; truncated download?") from error
+    header = 4 + 4 * rank
+    if len(content) < header or content[:4] != bytes([0, 0, 8, rank]):
+        raise ValueError(
+            f"{path}: expected an IDX file of unsigned bytes in {rank} dimensions, got the bytes {content[:4].hex()}"
+        )
+    sizes = struct.unpack(f">{rank}I", content[4:header])
+    if len(content) - header != math.prod(sizes):
+        raise ValueError(
+            f"{path}: {len(content) - header} bytes, expected {math.prod(sizes)} for {sizes}; truncated?"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes).copy()
 
 
 def _normalised(

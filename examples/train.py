@@ -1,12 +1,17 @@
-"""Train a small image classifier with feature flow regularization.
+"""Train a small image classifier with feature flow regularization, or another way to a smaller network.
 
-    python examples/train.py                                        # ResNet-20 on scikit-learn's digits,
-    with FFR python examples/train.py --ffr-gradient 0 --ffr-curvature 0     # the same without
+    python examples/train.py                                            # ResNet-20 on scikit-learn's digits, with FFR
+    python examples/train.py --ffr-gradient 0 --ffr-curvature 0         # the same without
+    python examples/train.py --method slimming --budget 0.5             # network slimming, to half of the FLOPs
     python examples/train.py --data cifar10 --data-dir ~/cifar-10-batches-py --model resnet56 --epochs 200
 
 Writes history.csv (one row an epoch), terms.csv (length and curvature per term and epoch), filters.csv
 (dead filters per layer at the end) and checkpoint.pt to the folder --out. `--resume` continues from the
 checkpoint and gives bit for bit the numbers of an uninterrupted run.
+
+With `--budget` the network is cut in `--rounds` rounds while it trains, each to the same share of what the last one
+left, and trains on without the penalty after the last. What was cut is in plan-1.json, plan-2.json, ..., the weights of
+the smaller network in compact.pt.
 """
 
 from __future__ import annotations
@@ -22,14 +27,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Images, batches, load
+from data import DATA, Images, batches, load
 from filters import DEAD, convolutions, prune
+from methods import METHODS, cut_epochs, make_regularizer, make_smaller
 from models import MODELS, build, flow_layers
 from torch import nn
 
-from ffr_ext import FeatureFlow
+from ffr_ext import CompactionPlan, FeatureFlow
 from ffr_ext.backends import BACKENDS
-from ffr_ext.checks import NORMS
+from ffr_ext.options import NORMS
+from ffr_ext.pruning.measure import count_flops
 
 
 @dataclass
@@ -44,6 +51,10 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-3
+    method: str = "ffr"
+    weight: float = 0.0  # of the penalty of another method; 0: what examples/methods.py says
+    budget: float = 0.0  # share of the FLOPs to come down to; 0: the network is not cut
+    rounds: int = 3
     ffr_gradient: float = 3.0
     ffr_curvature: float = 3.0
     norm: str = "l1"
@@ -51,9 +62,17 @@ class Config:
     seed: int = 0
     threads: int = 0  # 0: what torch chooses
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0 <= self.budget < 1:
+            raise ValueError(f"budget: expected a share of the FLOPs in 0 .. 1, got {self.budget:g}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+
     @property
     def with_ffr(self) -> bool:
-        return self.ffr_gradient != 0 or self.ffr_curvature != 0
+        return self.method == "ffr" and (self.ffr_gradient != 0 or self.ffr_curvature != 0)
 
 
 @dataclass
@@ -69,6 +88,7 @@ class Epoch:
     test_accuracy: float
     dead_filters: int
     filters: int
+    flops: float  # share of those of the network as it was made
     seconds: float
 
 
@@ -83,14 +103,6 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = build(config.model, self.images.classes, self.images.channels)
         self.layers = flow_layers(self.model)
-        self.flow = FeatureFlow(
-            self.model,
-            self.layers,
-            gradient=config.ffr_gradient,
-            curvature=config.ffr_curvature,
-            norm=config.norm,
-            backend=config.backend,
-        )
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -103,8 +115,70 @@ class Run:
             self.optimizer, config.lr, total_steps=steps * config.epochs
         )
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.survivors = torch.Generator().manual_seed(config.seed)  # draws generations
+        self.plans: list[CompactionPlan] = []
+        self.cuts = 0
+        self.whole = self.flops()
         self.history: list[Epoch] = []
         self.terms: list[dict[str, Any]] = []
+        self.regularize()
+
+    @property
+    def example(self) -> torch.Tensor:
+        return self.images.test_x[:2]
+
+    def flops(self) -> int:
+        return count_flops(self.model, (self.example,), {})
+
+    def regularize(self) -> None:
+        """The penalty of the network as it is now; none once the last cut is made."""
+        config = self.config
+        self.flow = FeatureFlow(
+            self.model,
+            self.layers,
+            gradient=config.ffr_gradient,
+            curvature=config.ffr_curvature,
+            norm=config.norm,
+            backend=config.backend,
+        )
+        self.done = bool(config.budget) and self.cuts >= config.rounds
+        method = "none" if self.done else config.method
+        self.regularizer = make_regularizer(method, self.model, self.example, config.weight)
+
+    @property
+    def with_ffr(self) -> bool:
+        return self.config.with_ffr and not self.done
+
+    def cut(self) -> None:
+        """One round: down to the next share of the FLOPs, with the same optimizer."""
+        config = self.config
+        self.cuts += 1
+        share = config.budget ** (self.cuts / config.rounds) * self.whole / self.flops()
+        cuts = make_smaller(
+            config.method, self.model, self.example, min(share, 1.0), self.optimizer, self.survivors
+        )
+        self.plans += [cut.plan for cut in cuts]
+        self.model = cuts[-1].model
+        self.regularize()
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One optimizer step; the logits, the loss and the penalty of features."""
+        regularizer = self.regularizer
+        if regularizer is not None:
+            regularizer.before_forward()
+        logits = self.model(x)
+        task = F.cross_entropy(logits, y)
+        penalty = self.flow.loss() if self.with_ffr else task.new_zeros(())
+        self.optimizer.zero_grad(set_to_none=True)
+        (task + penalty).backward()
+        if regularizer is not None:
+            regularizer.after_backward()
+            regularizer.add_gradients_()
+        self.optimizer.step()
+        if regularizer is not None:
+            regularizer.step()
+        self.scheduler.step()
+        return logits.detach(), task.detach(), penalty.detach()
 
     def epoch(self) -> Epoch:
         """Train for one epoch, then measure on the test images."""
@@ -112,23 +186,22 @@ class Run:
         sums = torch.zeros(3)  # loss, penalty, correct answers; added up on the device, read once
         self.model.train()
         images = self.images
-        with self.flow if self.config.with_ffr else nullcontext():
+        with self.flow if self.with_ffr else nullcontext():
             for x, y in batches(
                 images.train_x, images.train_y, self.config.batch_size, self.generator, images.augment
             ):
-                logits = self.model(x)
-                task = F.cross_entropy(logits, y)
-                penalty = self.flow.loss() if self.config.with_ffr else task.new_zeros(())
-                self.optimizer.zero_grad(set_to_none=True)
-                (task + penalty).backward()
-                self.optimizer.step()
-                self.scheduler.step()
-                correct = (logits.detach().argmax(1) == y).sum()
-                sums += torch.stack([task.detach() * len(y), penalty.detach() * len(y), correct])
+                logits, task, penalty = self.step(x, y)
+                correct = (logits.argmax(1) == y).sum()
+                sums += torch.stack([task * len(y), penalty * len(y), correct])
         loss, penalty_mean, accuracy = (sums / len(images.train_x)).tolist()
+        if self.regularizer is not None:
+            penalty_mean = float(sum(self.regularizer.terms().values()))
+        number = len(self.history) + 1
+        for epoch in cut_epochs(self.config.epochs, self.config.rounds) if self.config.budget else []:
+            if epoch == number:
+                self.cut()
         test_loss, test_accuracy, terms = self.test()
         filters = convolutions(self.model)
-        number = len(self.history) + 1
         self.terms += [{"epoch": number, **row} for row in terms]
         self.history.append(
             Epoch(
@@ -141,6 +214,7 @@ class Run:
                 test_accuracy=test_accuracy,
                 dead_filters=sum(layer.zero_filters for layer in filters),
                 filters=sum(layer.filters for layer in filters),
+                flops=self.flops() / self.whole,
                 seconds=time.perf_counter() - start,
             )
         )
@@ -193,6 +267,10 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if not callable(v)},
             "generator": self.generator.get_state(),
+            "survivors": self.survivors.get_state(),
+            "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
+            "plans": [plan_text(plan, path) for plan in self.plans],
+            "cuts": self.cuts,
             "history": [asdict(epoch) for epoch in self.history],
             "terms": self.terms,
         }
@@ -214,19 +292,48 @@ class Run:
             raise ValueError(
                 f"resume: {path} is not a checkpoint written by this script: {error!r}"
             ) from error
+        run.restore_cuts(state["plans"], state["cuts"], path)
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         run.generator.set_state(state["generator"])
+        run.survivors.set_state(state["survivors"])
+        if run.regularizer is not None:
+            run.regularizer.load_state_dict(state["regularizer"])
         run.history = [Epoch(**row) for row in state["history"]]
         run.terms = state["terms"]
         return run
+
+    def restore_cuts(self, plans: list[str], cuts: int, path: Path) -> None:
+        """The fresh network and its optimizer, cut as those of the checkpoint."""
+        self.plans = [plan_of(text, path) for text in plans]
+        self.cuts = cuts
+        for plan in self.plans:
+            plan.apply(self.model, self.optimizer)
+        if cuts:
+            self.regularize()
 
     def write_logs(self, folder: Path) -> None:
         """history.csv, terms.csv and filters.csv."""
         write_csv(folder / "history.csv", [asdict(epoch) for epoch in self.history])
         write_csv(folder / "terms.csv", self.terms)
         write_csv(folder / "filters.csv", [asdict(layer) for layer in convolutions(self.model)])
+
+
+def plan_text(plan: CompactionPlan, near: Path) -> str:
+    part = near.with_suffix(".plan")
+    plan.save(part)
+    text = part.read_text()
+    part.unlink()
+    return text
+
+
+def plan_of(text: str, near: Path) -> CompactionPlan:
+    part = near.with_suffix(".plan")
+    part.write_text(text)
+    plan = CompactionPlan.load(part)
+    part.unlink()
+    return plan
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -243,7 +350,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     choices = {
-        "data": ["digits", "cifar10", "cifar100"],
+        "data": list(DATA),
+        "method": list(METHODS),
         "model": list(MODELS),
         "norm": list(NORMS),
         "backend": ["auto", *BACKENDS],
@@ -271,9 +379,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> Run:
     arguments = parser().parse_args(argv)
-    config = Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
     checkpoint = arguments.out / "checkpoint.pt"
     try:
+        config = Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
         run = Run.resume(checkpoint) if arguments.resume else Run(config)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"train.py: {error}") from error
@@ -297,19 +405,25 @@ def main(argv: list[str] | None = None) -> Run:
         f"{dead} of {run.history[-1].filters} filters have an effective scale under {DEAD}; logs in "
         f"{arguments.out}"
     )
-    if arguments.compact:
-        write_compacted(run, arguments.out)
+    if arguments.compact or run.plans:
+        write_compacted(run, arguments.out, arguments.compact)
     return run
 
 
-def write_compacted(run: Run, folder: Path) -> None:
-    """The smaller network: its weights in compact.pt, and in plan.json what to cut from a fresh network to
-    load them."""
-    pruned = prune(run.model, run.images.test_x[:8])
-    smaller = pruned.compaction.model
-    pruned.compaction.plan.save(folder / "plan.json")
+def write_compacted(run: Run, folder: Path, compact: bool) -> None:
+    """The smaller network: its weights in compact.pt, and in plan.json (plan-1.json, ... one after another, if it was
+    cut while it trained) what to cut from a fresh network to load them."""
+    plans, smaller = list(run.plans), run.model
+    if compact:
+        pruned = prune(run.model, run.images.test_x[:8])
+        smaller = pruned.compaction.model
+        plans.append(pruned.compaction.plan)
+        print(pruned.compaction.report)
+    for number, plan in enumerate(plans, start=1):
+        plan.save(folder / (f"plan-{number}.json" if run.plans else "plan.json"))
     torch.save(smaller.state_dict(), folder / "compact.pt")
-    print(pruned.compaction.report)
+    left = count_flops(smaller, (run.example,), {}) / run.whole
+    print(f"{left:.1%} of the FLOPs are left")
     print(f"test accuracy {run.accuracy(run.model):.2%}, of the smaller network {run.accuracy(smaller):.2%}")
 
 

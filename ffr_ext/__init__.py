@@ -8,10 +8,11 @@ Importing this package touches no device and does not import triton.
 
 from __future__ import annotations
 
-from ._version import __version__
+__version__ = "0.1.0.dev0"
+
 from .env import show_config
 from .flow import FeatureFlow
-from .functional import FlowTerms, ffr_loss, flow_terms
+from .functional import FFRLoss, FlowTerms, ffr_loss, flow_terms
 from .pruning import (
     Compaction,
     CompactionPlan,
@@ -28,6 +29,7 @@ from .selftest import selftest
 __all__ = [
     "Compaction",
     "CompactionPlan",
+    "FFRLoss",
     "FeatureFlow",
     "FlowTerms",
     "LayerSparsity",

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import env
-from ._version import __version__
+from . import __version__, env
 from .pruning import cli
 from .selftest import selftest
 

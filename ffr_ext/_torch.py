@@ -20,9 +20,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------------------------------
 
 
-def tree_leaves(tree: Any) -> list[Any]:
-    """All leaves of nested tuples, lists, dicts and registered classes."""
-    return _pytree.tree_leaves(tree)
+def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """All leaves of nested tuples, lists, dicts and registered classes, and what `is_leaf` says is one."""
+    return _pytree.tree_leaves(tree, is_leaf)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -53,14 +53,6 @@ def transforms_active() -> bool:
     return ask is not None and bool(ask())
 
 
-def modes_active() -> bool:
-    """Whether make_fx, FakeTensorMode, FlopCounterMode or the like intercepts operators. Without the question: none
-    does."""
-    stack = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    before = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
-    return bool((stack is not None and stack()) or (before is not None and before()))
-
-
 def constant_when_compiled(function: Function) -> Function:
     """Decorator: torch.compile takes the result for a constant instead of tracing the function. What
     `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo."""
@@ -75,7 +67,19 @@ def constant_when_compiled(function: Function) -> Function:
 
 def version(tensor: Tensor) -> int | None:
     """How often the tensor was written in place; None where torch does not count (inference mode)."""
-    return None if tensor.is_inference() else getattr(tensor, "_version", None)
+    if not torch.compiler.is_compiling() and tensor.is_inference():  # which Dynamo cannot ask
+        return None
+    return getattr(tensor, "_version", None)
+
+
+def traced_version(tensor: Tensor) -> int | None:
+    """The same while torch.compile traces, which cannot trace the question whether torch counts."""
+    return getattr(tensor, "_version", None)
+
+
+def unscales_by_itself(optimizer: Any) -> bool:
+    """Whether a GradScaler leaves unscaling to the optimizer's step (fused ones). Without the attribute it does not."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 _HOOKS = (

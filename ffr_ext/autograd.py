@@ -10,15 +10,15 @@ themselves, which autograd keeps without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import compiled, ops
 from ._torch import transforms_active
-from .stages import Layout, align, kernel_layouts
+from .reference import at_positions
+from .stages import Layout, Stage, Sums, align, kernel_layouts, with_layout
 
 DOUBLE_BACKWARD = (
     "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second "
@@ -30,115 +30,132 @@ VMAP = (
 )
 
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", Tensor, Layout)
 
 
-@dataclass(frozen=True)
-class FlowSpec:
-    """The settings of one `FlowStats` node that are not tensors."""
+class FlowSpec(NamedTuple):
+    """The settings of one node that follow from the stages and are not tensors: for each stage how many features,
+    elements of a feature and groups of sums it has."""
 
-    lengths: tuple[int, ...]  # features per stage
-    squared: bool  # sums of squares; False: sums of absolute values
-    per_sample: bool  # one entry per sample instead of one per term
-    backend: str  # a concrete backend, not "auto"
-    save_signs: bool  # a gradient of the absolute values will be wanted
+    sums: Sums
+    lengths: tuple[int, ...]
+    numels: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage], sums: Sums) -> FlowSpec:
+        lengths, numels, groups = zip(
+            *[(stage.length, stage.numel, stage.groups(sums.leading)) for stage in stages], strict=True
+        )
+        return cls(sums, lengths, numels, groups)
+
+    def by_stage(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        """Cut a flat sequence into one slice per stage."""
+        slices, first = [], 0
+        for length in self.lengths:
+            slices.append(items[first : first + length])
+            first += length
+        return slices
+
+    def align(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as the kernels walk them."""
+        if all([f.is_contiguous() for f in features]):  # noqa: C419  as in `stages.align`
+            return list(features)
+        return [f for stage in self.by_stage(features) for f in align(stage, self.sums.leading)]
 
 
-def _by_stage(items: Sequence[Item], lengths: tuple[int, ...]) -> list[Sequence[Item]]:
-    """Cut a flat sequence into one slice per stage."""
-    slices, first = [], 0
-    for length in lengths:
-        slices.append(items[first : first + length])
-        first += length
-    return slices
-
-
-def _sums(spec: FlowSpec, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    stages = _by_stage(features, spec.lengths)
-    groups = [stage[0].shape[0] if spec.per_sample else 1 for stage in stages]
-    aligned = [f for stage in stages for f in align(stage, spec.per_sample)]
+    (squared, _leading, backend), lengths, _numels, groups = spec
+    features = spec.align(features)
     if torch.compiler.is_compiling():
-        return compiled.flow_stats(aligned, spec.lengths, groups, spec.squared, spec.save_signs, spec.backend)
-    stats, signs = compiled.empty_stats(aligned, spec.lengths, groups, spec.save_signs)
-    ops.flow_kernels(spec.backend).forward(aligned, spec.lengths, groups, spec.squared, stats, signs)
+        return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
+    stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
+    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
-def _save(ctx: Any, spec: FlowSpec, features: tuple[Tensor, ...], signs: Tensor) -> None:
+def _save(
+    ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor, padding: Tensor | None
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     # Shapes and strides instead of the features: l1 needs nothing else of them.
-    ctx.layouts = tuple(map(Layout.of, features))
-    if spec.squared:
-        ctx.save_for_backward(*features)
-    else:
-        ctx.save_for_backward(signs)
+    ctx.layouts = tuple([Layout.of(f) for f in features])
+    ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
-def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> tuple[Tensor | None, ...]:
+def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list[Tensor | None]:
     """The backward pass, one entry per feature, from d loss / d stats."""
-    if torch.is_grad_enabled():
-        if not transforms_active():
-            raise RuntimeError(DOUBLE_BACKWARD)
+    call = ctx.spec, ctx.layouts, wanted, coef
+    if not torch.is_grad_enabled():
+        grads = iter(_flow_gradients(*call, *ctx.saved_tensors))
+    elif transforms_active():
         # torch.func.grad always records its backward pass; only differentiating that record is refused.
-        grads = _RefusedTwice.apply(ctx.spec, ctx.layouts, wanted, coef, *ctx.saved_tensors)
+        grads = iter(_RefusedTwice.apply(*call, *ctx.saved_tensors))
     else:
-        grads = _flow_gradients(ctx.spec, ctx.layouts, wanted, coef, ctx.saved_tensors)
-    by_feature = iter(grads)
-    return tuple(next(by_feature) if want else None for want in wanted)
+        raise RuntimeError(DOUBLE_BACKWARD)
+    return [next(grads) if want else None for want in wanted]
 
 
 class FlowStats(torch.autograd.Function):
-    """`FlowStats.apply(spec, *features) -> (stats, signs)`; differentiable in the features, once. For torch.func and
-    torch.compile."""
+    """`FlowStats.apply(spec, save_signs, padding, *features) -> (stats, signs)`; differentiable in the features, once.
+
+    Where `padding` is True gradients are 0, whatever is there: 0 times the difference of what is not finite is NaN.
+    """
 
     @staticmethod
-    def forward(spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:
-        return _sums(spec, features)
+    def forward(
+        spec: FlowSpec, save_signs: bool, padding: Tensor | None, *features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(spec, save_signs, features)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        spec, *features = inputs
+        spec, _save_signs, padding, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, tuple(features), signs)
+        _save(ctx, spec, features, signs, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, *_feature_gradients(ctx, tuple(ctx.needs_input_grad[1:]), grad_stats))
+        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
         raise RuntimeError(VMAP)
 
 
-class _EagerFlowStats(torch.autograd.Function):
-    """`FlowStats` without setup_context: the arguments of one that has it are bound by name at every call
-    (docs/performance.md, "Whole call", attempt 1)."""
+class FlowProduct(torch.autograd.Function):
+    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in
+    one node, with stats put into the list `made`. Eager mode alone; without setup_context, for which the arguments are
+    bound by name at each call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, spec: FlowSpec, *features: Tensor) -> tuple[Tensor, Tensor]:
-        stats, signs = _sums(spec, features)
-        ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, features, signs)
-        return stats, signs
+    def forward(
+        ctx: Any,
+        spec: FlowSpec,
+        save_signs: bool,
+        weights: Tensor,
+        dtype: torch.dtype,
+        made: list[Tensor],
+        *features: Tensor,
+    ) -> Tensor:
+        stats, signs = _forward(spec, save_signs, features)
+        made.append(stats)
+        ctx.weights = weights
+        _save(ctx, spec, features, signs, None)
+        return (stats * weights).sum().to(dtype)
 
-    backward = staticmethod(FlowStats.backward)
-
-
-_apply_eagerly = super(torch.autograd.Function, _EagerFlowStats).apply  # nor torch's check for torch.func
-
-
-def flow_stats(spec: FlowSpec, features: Sequence[Tensor]) -> Tensor:
-    """The sums of the differences of `features`: the node for the way in which this is run."""
-    if torch.compiler.is_compiling() or transforms_active():
-        stats, _signs = FlowStats.apply(spec, *features)
-    else:
-        stats, _signs = _apply_eagerly(spec, *features)
-    return stats
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], ctx.weights * grad_loss)
+        return (None, None, None, None, None, *grads)
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -146,9 +163,9 @@ class _RefusedTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, *saved: Tensor
+        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, padding: Tensor | None, *saved: Tensor
     ) -> tuple[Tensor, ...]:
-        return _flow_gradients(spec, layouts, wanted, grad_stats, saved)
+        return _flow_gradients(spec, layouts, wanted, grad_stats, padding, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,26 +185,23 @@ def _flow_gradients(
     layouts: tuple[Layout, ...],
     wanted: tuple[bool, ...],
     grad_stats: Tensor,
-    saved: tuple[Tensor, ...],
+    padding: Tensor | None,
+    *saved: Tensor,
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
-    stages = _by_stage(layouts, spec.lengths)
-    features: list[Tensor] = []
-    signs = torch.empty(0, dtype=torch.uint8, device=device)
-    if spec.squared:
-        features = [f for stage in _by_stage(saved, spec.lengths) for f in align(stage, spec.per_sample)]
-    else:
-        (signs,) = saved
-    made = [lay for stage in stages for lay in kernel_layouts(stage, spec.per_sample)]
+    (squared, leading, backend), lengths, numels, groups = spec
+    made: Sequence[Layout] = layouts
+    if not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
+        made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
     arguments = (
-        features,
-        signs,
+        spec.align(saved) if squared else [],
+        torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
-        spec.lengths,
-        [stage[0].shape.numel() for stage in stages],
-        [stage[0].shape[0] if spec.per_sample else 1 for stage in stages],
-        spec.squared,
+        lengths,
+        numels,
+        groups,
+        squared,
     )
     if torch.compiler.is_compiling():
         described = [lay for lay, want in zip(made, wanted, strict=True) if want]
@@ -198,23 +212,20 @@ def _flow_gradients(
             [size for lay in described for size in lay.shape],
             [stride for lay in described for stride in lay.strides],
             [compiled.DTYPES.index(lay.dtype) for lay in described],
-            spec.backend,
+            backend,
         )
     else:
-        nothing = signs.new_empty(0)
+        nothing = grad_stats.new_empty(0)
         slots = [
             torch.empty_strided(lay.shape, lay.strides, dtype=lay.dtype, device=device) if want else nothing
             for lay, want in zip(made, wanted, strict=True)
         ]
-        ops.flow_kernels(spec.backend).backward(*arguments, slots)
+        ops.flow_kernels(backend).backward(*arguments, slots)
         grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
+    if padding is not None:
+        grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
+    if made is layouts:
+        return tuple(grads)
     asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
     # A list, not a generator, as in `align`.
-    return tuple([_with_strides(grad, layout) for grad, layout in zip(grads, asked, strict=True)])
-
-
-def _with_strides(grad: Tensor, layout: Layout) -> Tensor:
-    """`grad` in the strides of its feature, where those are dense."""
-    if grad.stride() == layout.strides or layout.storage_order is None:
-        return grad
-    return torch.empty_strided(layout.shape, layout.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+    return tuple([with_layout(grad, layout) for grad, layout in zip(grads, asked, strict=True)])

@@ -6,19 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from numbers import Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _torch
-
-NORMS = ("l1", "l2_squared", "l2")
-CURVATURE_KINDS = ("difference", "angle")
-REDUCTIONS = ("mean", "batchmean", "sum")
-TRANSITIONS = ("break", "pool")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,12 +21,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_options(norm: str, curvature_kind: str, reduction: str, transition: str) -> None:
-    """The four string options of `ffr_loss`."""
-    check_choice("norm", norm, NORMS)
-    check_choice("curvature_kind", curvature_kind, CURVATURE_KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("transition", transition, TRANSITIONS)
+def at_least_one(name: str, value: Any) -> int:
+    """`value` as an int; ValueError unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return int(value)
 
 
 def feature_list(features: Iterable[Tensor]) -> list[Tensor]:
@@ -117,6 +109,26 @@ def check_one_device(first: int, stage: Sequence[Tensor]) -> None:
             )
 
 
+def position_mask(mask: Any, stages: Iterable[tuple[int, tuple[int, ...]]]) -> Tensor:
+    """`mask` as a bool tensor, if it fits the leading dimensions of the features of all stages: of each the index of
+    its first feature and the shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool tensor, got {type(mask).__name__}")
+    if mask.dtype.is_floating_point or mask.is_complex():
+        raise TypeError(
+            f"mask: expected a bool or integer tensor, True or 1 where a position counts, got dtype {mask.dtype}"
+        )
+    sizes = tuple(mask.shape)
+    for index, shape in stages:
+        fits = 0 < len(sizes) <= len(shape)
+        if not fits or any(m not in (1, n) for m, n in zip(sizes, shape, strict=False)):
+            raise ValueError(
+                f"mask: expected the leading dimensions of features[{index}] of shape {shape}, got a mask of "
+                f"shape {sizes}"
+            )
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
     """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
     if isinstance(weight, Tensor):
@@ -125,16 +137,15 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
                 f"{name}: expected a float or one weight per term ({count}), got a tensor of "
                 f"shape {tuple(weight.shape)}"
             )
-        _check_entries(name, weight)
+        if weight.dtype == torch.bool or weight.is_complex():
+            raise TypeError(f"{name}: expected a tensor of real numbers, got dtype {weight.dtype}")
         return weight
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):
         # Traced with dynamic sizes a float can be symbolic; its value is not known then.
         return weight if torch.compiler.is_compiling() else _finite(name, weight)
-    if isinstance(weight, (bool, str, bytes, bytearray, Mapping, AbstractSet)) or not hasattr(
-        weight, "__iter__"
-    ):
-        if isinstance(weight, Real) and not isinstance(weight, bool):  # a number of numpy's
-            return _finite(name, weight)
+    if hasattr(weight, "tolist"):  # numpy's numbers and arrays
+        return term_weights(name, weight.tolist(), count)
+    if not isinstance(weight, Sequence) or isinstance(weight, (str, bytes, bytearray)):
         raise TypeError(f"{name}: expected a float, a sequence of floats or a 1-D tensor, got {weight!r}")
     weights = [_finite(f"{name}[{i}]", w) for i, w in enumerate(weight)]
     if len(weights) != count:
@@ -142,47 +153,15 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
     return weights
 
 
-def _check_entries(name: str, weight: Tensor) -> None:
-    """What `_finite` refuses of numbers, of a tensor; its values only where looking costs nothing and shows them."""
-    if weight.dtype == torch.bool or weight.is_complex():
-        raise TypeError(f"{name}: expected a tensor of real numbers, got dtype {weight.dtype}")
-    if (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
-        and weight.layout == torch.strided
-        and not weight.requires_grad
-        and runs_eagerly()
-    ):
-        for index, number in enumerate(weight.reshape(-1).tolist()):
-            _finite(f"{name}[{index}]" if weight.dim() else name, number)
-
-
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str, bytes, bytearray)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{name}: a tensor that requires grad would lose its gradient in a sequence; pass all weights as one "
             "1-D tensor (torch.stack)"
         )
-    try:
-        number = float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: expected a finite number, got an integer too large for a float") from None
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
-
-
-def runs_eagerly() -> bool:
-    """Whether what is computed now is just computed: nobody transforms, traces or intercepts it, so numbers may be
-    looked at and tensors kept.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _torch.transforms_active()
-        or _torch.modes_active()
-    )

@@ -13,9 +13,8 @@ from typing import Any, TextIO
 
 import torch
 
-from . import backends
+from . import __version__, backends
 from ._native import build_record
-from ._version import __version__
 
 
 def show_config(file: TextIO | None = None) -> None:

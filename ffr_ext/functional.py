@@ -1,29 +1,33 @@
 """START HERE: `ffr_loss` and `flow_terms`, the feature-flow penalty of a list of features.
 
 From a call to a kernel: the features are checked (`checks`), split into stages (`stages`), summed by one fused call
-(`autograd.flow_stats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
+(`autograd.FlowStats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import backends, checks, reference, weighted
-from .autograd import FlowSpec, FlowStats, flow_stats
-from .checks import runs_eagerly
-from .stages import Plan, Stage, make_plan, stage_features
-from .term_weights import entry_weights, weigh
+from . import backends, checks, reference
+from ._torch import transforms_active
+from .autograd import FlowProduct, FlowSpec, FlowStats
+from .options import FlowOptions
+from .stages import Plan, Stage, Sums, make_plan, stage_features
+from .weights import entry_weights, weigh
 
 Weight = float | Sequence[float] | Tensor
 
-# (features, stages, squared, per_sample, backend) -> stats: how the sums of `stages` are made. `FeatureFlow` has
-# its own.
-StatsMaker = Callable[[list[Tensor], Sequence[Stage], bool, bool, str], Tensor]
+# (features, stages, sums, padding) -> stats: how the sums of `stages` are made, with gradients that are 0 where
+# `padding` is True. `FeatureFlow` has its own.
+StatsMaker = Callable[[list[Tensor], Sequence[Stage], Sums, Tensor | None], Tensor]
 
 
 class FlowTerms(NamedTuple):
@@ -41,6 +45,7 @@ def flow_terms(
     reduction: str = "mean",
     transition: str = "break",
     backend: str = "auto",
+    mask: Tensor | None = None,
 ) -> FlowTerms:
     """The gradient (length) and curvature of a feature flow, term by term.
 
@@ -57,17 +62,11 @@ def flow_terms(
         device of the first feature. `curvature` is empty if no stage has three features. Both can be differentiated
         with any upstream gradient.
     """
-    checks.check_options(norm, curvature_kind, reduction, transition)
+    options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
     listed = checks.feature_list(features)
-    plan, _ = _prepare(listed, transition, _cacheable(listed))
-    chosen = _backend(backend, listed)
-    if chosen == "reference":
-        return FlowTerms(
-            *reference.flow_terms(
-                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
-            )
-        )
-    return _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, _stats)
+    plan = _plan(listed, transition, _are_plain(listed))
+    positions = _positions(mask, plan)
+    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device.type), positions, _stats)
 
 
 def ffr_loss(
@@ -80,6 +79,7 @@ def ffr_loss(
     reduction: str = "mean",
     transition: str = "break",
     backend: str = "auto",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Feature flow regularization: penalise length and curvature of the path that features take through a network.
 
@@ -100,8 +100,7 @@ def ffr_loss(
             >= 1, float16, bfloat16, float32 or float64, in any layout. Consecutive features of one shape form a stage;
             differences are taken inside stages. Mixed dtypes within a stage are promoted.
         gradient: weight of the first differences: a float, or one weight per term in depth order (a sequence of floats
-            or a 1-D tensor). NaN and infinite weights are refused. A tensor is looked at only where that neither waits
-            nor ends up in a graph: on the CPU, without requires_grad, and while nobody traces.
+            or a 1-D tensor). NaN and infinite numbers are refused; a tensor is not looked at.
         curvature: weight of the second differences, likewise.
         norm: "l1" (sum of absolute values), "l2_squared" (sum of squares) or "l2" (Euclidean norm of each sample's
             difference, summed over samples: with the gradient terms the exact length of the trajectory).
@@ -113,6 +112,12 @@ def ffr_loss(
         transition: "break": no terms between stages. "pool": the last features of the earlier stage (up to two) are
             average-pooled and zero-padded to the next stage's shape, and the terms that cross are added, once each.
         backend: "auto", "cuda", "triton", "cpu" or "reference". An explicit choice works or raises with the reason.
+        mask: for padded batches, a bool tensor (or one of zeros and ones, such as Hugging Face's attention_mask) of the
+            leading dimensions of every feature: (B, T) for features (B, T, C); sizes of 1 are expanded. Positions
+            where it is False neither count nor get a gradient, whatever is there: the loss is that of the features
+            without them. "mean" divides by the elements that count ("l2": each sample's norm by the root of its own,
+            then by the samples), "batchmean" by the samples that have any. Costs one float64 number per position and
+            term instead of a copy of the features; below some 32 elements a position that is the larger part.
 
     Returns:
         The loss, a 0-dim tensor: float32 (float64 if a feature is float64). Differences and sums are made in float32
@@ -123,98 +128,120 @@ def ffr_loss(
         TypeError: a feature is no tensor or no floating-point tensor, or a weight is no real number.
         ValueError: an unknown option; no term at all (fewer than two features, or no two neighbours of one shape);
             features of one stage on different devices; as many weights as there are terms were expected; a weight that
-            is not finite; a stage boundary that `transition="pool"` cannot map.
+            is not finite; a stage boundary that `transition="pool"` cannot map; a mask that does not fit a feature.
         RuntimeError: an explicit backend that is not available; a second derivative; torch.vmap.
     """
-    loss, _terms = penalty(
-        features,
-        gradient=gradient,
-        curvature=curvature,
-        norm=norm,
-        curvature_kind=curvature_kind,
-        reduction=reduction,
-        transition=transition,
-        backend=backend,
-    )
+    options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
+    loss, _terms = penalty(features, options, gradient, curvature, mask=mask)
     return loss
+
+
+class FFRLoss(nn.Module):
+    """:func:`ffr_loss` as a module, for configurations that instantiate losses: ``FFRLoss(**keywords)(features)``."""
+
+    def __init__(self, *, gradient: Weight = 1.0, curvature: Weight = 1.0, **options: str) -> None:
+        super().__init__()
+        self.gradient, self.curvature = gradient, curvature
+        self.options = FlowOptions(**options)
+
+    def forward(self, features: Iterable[Tensor], mask: Tensor | None = None) -> Tensor:
+        """``ffr_loss(features, mask=mask, ...)``."""
+        loss, _terms = penalty(features, self.options, self.gradient, self.curvature, mask=mask)
+        return loss
+
+    def extra_repr(self) -> str:
+        settings = {"gradient": self.gradient, "curvature": self.curvature, **asdict(self.options)}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def penalty(
     features: Iterable[Tensor],
-    *,
+    options: FlowOptions,
     gradient: Weight,
     curvature: Weight,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
-    transition: str,
-    backend: str,
+    *,
+    mask: Tensor | None = None,
     make_stats: StatsMaker | None = None,
 ) -> tuple[Tensor, Callable[[], FlowTerms]]:
-    """The loss, and a function that gives its terms without another pass over the features (and without
-    holding them).
-    """
-    checks.check_options(norm, curvature_kind, reduction, transition)
+    """The loss, and a function that gives its terms without another pass over the features (and without holding
+    them)."""
     listed = checks.feature_list(features)
-    cacheable = _cacheable(listed)
-    plan, recipe = _prepare(listed, transition, cacheable)
+    plain = _are_plain(listed)
+    plan = _plan(listed, options.transition, plain)
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     _warn_if_without_effect(on_gradient, on_curvature, plan)
-    chosen = _backend(backend, listed)
+    positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
+    backend = backends.resolve(options.backend, device.type)
     if (
-        chosen != "reference"
-        and curvature_kind == "difference"
-        and not isinstance(on_gradient, Tensor)
-        and not isinstance(on_curvature, Tensor)
-        and cacheable
+        plain
+        and positions is None
+        and backend != "reference"
+        and not options.angles
+        and isinstance(on_gradient, float)
+        and isinstance(on_curvature, float)
         and all(f.device == device for f in listed)
     ):
-        # All terms share one pass and the weights are numbers: the loss is one dot product with a cached vector.
-        scale = entry_weights(plan, on_gradient, on_curvature, norm, reduction, device)
-        squared, per_sample = norm != "l1", norm == "l2"
-        if make_stats is None and recipe is not None and not per_sample:
-            loss, sums = weighted.weighted_flow(recipe, listed, scale, dtype, squared, chosen)
-        else:
-            stats = (make_stats or _stats)(listed, plan.stages, squared, per_sample, chosen)
-            entries = reference.safe_sqrt(stats) if per_sample else stats
-            loss, sums = weighted.weighted_sum(entries, scale, dtype), stats.detach()
+        weights = entry_weights(plan, options, on_gradient, on_curvature, device)
+        sums = Sums(options.squared, int(options.per_sample), backend)
+        loss, stats = _product(listed, plan, sums, weights, dtype, make_stats)
 
-        def terms_of_sums() -> FlowTerms:
-            rows = _split(sums, plan.stages, per_sample)
-            return _assemble(rows, rows, plan, norm, curvature_kind, reduction, device, dtype)
+        def terms_of_stats() -> FlowTerms:
+            rows = _split(stats, plan.stages, sums)
+            return _assemble(rows, rows, plan, options, None, device, dtype)
 
-        return loss, terms_of_sums
-    if chosen == "reference":
-        terms = FlowTerms(
-            *reference.flow_terms(
-                listed, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
-            )
-        )
-    else:
-        terms = _fused_terms(listed, plan, norm, curvature_kind, reduction, chosen, make_stats or _stats)
+        return loss, terms_of_stats
+    terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
 
-def _prepare(features: list[Tensor], transition: str, cacheable: bool) -> tuple[Plan, weighted.Recipe | None]:
-    if cacheable:
-        return weighted.prepare(weighted.signature(features), transition)
-    return make_plan([tuple(f.shape) for f in features], transition), None  # sizes may be symbolic
+def _product(
+    features: list[Tensor],
+    plan: Plan,
+    sums: Sums,
+    weights: Tensor,
+    dtype: torch.dtype,
+    make_stats: StatsMaker | None,
+) -> tuple[Tensor, Tensor]:
+    """The usual loss, and the sums it is made of: all terms come from one call of a kernel, and the loss is one product
+    of what it gives, or of the roots of that, with a vector."""
+    if make_stats is None and not sums.leading:
+        made: list[Tensor] = []
+        spec = plan.kept.get(sums)
+        if spec is None:
+            spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
+        walked = _walked(features, plan.stages)
+        loss = FlowProduct.apply(spec, _saves_signs(sums, walked), weights, dtype, made, *walked)
+        return loss, made[0]
+    stats = (make_stats or _stats)(features, plan.stages, sums, None)
+    entries = reference.safe_sqrt(stats) if sums.leading else stats
+    return (entries * weights).sum().to(dtype), stats.detach()
 
 
-def _cacheable(features: list[Tensor]) -> bool:
-    """Whether sizes are plain numbers and tensors made now may be kept."""
-    return len(features) > 0 and type(features[0]) in (Tensor, torch.nn.Parameter) and runs_eagerly()
+def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
+    return (_kept_plan if plain else make_plan)(tuple([f.shape for f in features]), transition)
+
+
+_kept_plan = lru_cache(maxsize=256)(make_plan)
+
+
+def _positions(mask: Tensor | None, plan: Plan) -> Tensor | None:
+    return None if mask is None else checks.position_mask(mask, [(s.first, s.shape) for s in plan.stages])
+
+
+def _are_plain(features: list[Tensor]) -> bool:
+    """Whether sizes are numbers and not symbols, and what is made now has values that may be kept."""
+    return (
+        len(features) > 0
+        and type(features[0]) in (Tensor, nn.Parameter)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active())
+    )
 
 
 def _loss_dtype(features: list[Tensor]) -> torch.dtype:
     return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
-
-
-def _backend(backend: str, features: list[Tensor]) -> str:
-    return backends.resolve(backend, features[0].device.type)
 
 
 def _warn_if_without_effect(
@@ -232,118 +259,132 @@ def _warn_if_without_effect(
         )
 
 
-def _walk(
-    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
-) -> tuple[FlowSpec, list[Tensor]]:
-    """The settings of an autograd node over `stages`, which must share a device, and the features it walks."""
-    walked = [f for stage in stages for f in stage_features(features, stage)]
-    wants_gradient = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    spec = FlowSpec(
-        lengths=tuple(stage.length for stage in stages),
-        squared=squared,
-        per_sample=per_sample,
-        backend=backend,
-        save_signs=wants_gradient and not squared,
-    )
-    return spec, walked
+def _walked(features: list[Tensor], stages: Sequence[Stage]) -> list[Tensor]:
+    return [f for stage in stages for f in stage_features(features, stage)]
 
 
-def _stats(
-    features: list[Tensor], stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str
-) -> Tensor:
-    """The kernels' sums for `stages`: float64, laid out as in design.md section 5."""
-    if torch.compiler.is_compiling():
+def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
+    """Whether a gradient of absolute values will be wanted."""
+    return not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+
+
+def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> Tensor:
+    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+    tracing = torch.compiler.is_compiling()
+    if tracing:
         # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
         features = [f.view_as(f) for f in features]
-    spec, walked = _walk(features, stages, squared, per_sample, backend)
-    if torch.compiler.is_compiling() and not any(f.requires_grad and torch.is_grad_enabled() for f in walked):
-        # Dynamo cannot trace a node that nobody differentiates.
-        stats, _signs = FlowStats.forward(spec, *walked)
-        return stats
-    return flow_stats(spec, walked)
+    walked = _walked(features, stages)
+    # Dynamo cannot trace a node that nobody differentiates.
+    wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    run = FlowStats.forward if tracing and not wanted else FlowStats.apply
+    stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding, *walked)
+    return stats
+
+
+def _terms(
+    features: list[Tensor],
+    plan: Plan,
+    options: FlowOptions,
+    backend: str,
+    mask: Tensor | None,
+    make_stats: StatsMaker,
+) -> FlowTerms:
+    """Every term by itself, for every setting."""
+    if backend == "reference":
+        return FlowTerms(
+            *reference.flow_terms(
+                features,
+                norm=options.norm,
+                curvature_kind=options.curvature_kind,
+                reduction=options.reduction,
+                transition=options.transition,
+                mask=mask,
+            )
+        )
+    per_sample = options.per_sample or (options.squared and options.angles)
+    # With a mask one sum for each position, of which those that count are added up.
+    leading = int(per_sample) if mask is None else mask.dim()
+    rows = squares = _rows(features, plan.stages, Sums(options.squared, leading, backend), mask, make_stats)
+    if options.angles and not options.squared:
+        # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
+        squares = _rows(features, plan.stages, Sums(True, max(leading, 1), backend), mask, make_stats)
+    return _assemble(rows, squares, plan, options, mask, features[0].device, _loss_dtype(features))
+
+
+Rows = list[tuple[Tensor, Tensor]]  # per stage the (differences, groups) and the (bends, groups) sums
 
 
 def _rows(
-    features: list[Tensor],
-    stages: Sequence[Stage],
-    squared: bool,
-    per_sample: bool,
-    backend: str,
-    make_stats: StatsMaker,
-) -> list[tuple[Tensor, Tensor]]:
-    """Per stage the (differences, groups) and the (bends, groups) sums; one fused call per run of stages on a
-    device.
-    """
-    rows: list[tuple[Tensor, Tensor]] = []
+    features: list[Tensor], stages: Sequence[Stage], sums: Sums, mask: Tensor | None, make_stats: StatsMaker
+) -> Rows:
+    """One fused call per run of stages on a device. With a mask the groups are samples, of what counts in them."""
+    rows: Rows = []
     first = 0
     for index in range(1, len(stages) + 1):
         device = features[stages[first].first].device
         if index < len(stages) and features[stages[index].first].device == device:
             continue
-        stats = make_stats(features, stages[first:index], squared, per_sample, backend)
-        rows += _split(stats, stages[first:index], per_sample)
+        run = stages[first:index]
+        if mask is None:
+            rows += _split(make_stats(features, run, sums, None), run, sums)
+        else:
+            mask = mask.to(device)
+            # Absolute values need no padding: the sign of a NaN is 0.
+            stats = make_stats(features, run, sums, ~mask if sums.squared else None)
+            for stage, (lengths, bends) in zip(run, _split(stats, run, sums), strict=True):
+                rows.append((_counted(lengths, stage, mask), _counted(bends, stage, mask)))
         first = index
     return rows
 
 
-def _split(stats: Tensor, stages: Sequence[Stage], per_sample: bool) -> list[tuple[Tensor, Tensor]]:
-    """`stats` of `stages` as views: per stage the (differences, groups) and the (bends, groups) sums."""
+def _counted(rows: Tensor, stage: Stage, mask: Tensor) -> Tensor:
+    """(rows, positions) -> (rows, B): sums over the positions of each sample that count."""
+    positions = mask.expand(stage.shape[: mask.dim()]).reshape(-1)
+    kept = torch.where(positions, rows, 0)  # a product with 0 would keep NaN
+    return kept.view(len(rows), stage.batch, math.prod(stage.shape[1 : mask.dim()])).sum(2)
+
+
+def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> Rows:
+    """`stats` of `stages` as views."""
     rows, offset = [], 0
     for stage in stages:
-        groups = stage.batch if per_sample else 1
-        lengths, bends = stage.differences * groups, stage.bends * groups
+        groups = stage.groups(sums.leading)
+        bends = offset + stage.differences * groups
+        end = bends + stage.bends * groups
         rows.append(
             (
-                stats[offset : offset + lengths].view(stage.differences, groups),
-                stats[offset + lengths : offset + lengths + bends].view(stage.bends, groups),
+                stats[offset:bends].view(stage.differences, groups),
+                stats[bends:end].view(stage.bends, groups),
             )
         )
-        offset += lengths + bends
+        offset = end
     return rows
 
 
-def _fused_terms(
-    features: list[Tensor],
-    plan: Plan,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
-    backend: str,
-    make_stats: StatsMaker,
-) -> FlowTerms:
-    angles = curvature_kind == "angle"
-    squared = norm != "l1"
-    rows = _rows(features, plan.stages, squared, norm == "l2" or (squared and angles), backend, make_stats)
-    # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
-    squares = rows if squared or not angles else _rows(features, plan.stages, True, True, backend, make_stats)
-    return _assemble(
-        rows, squares, plan, norm, curvature_kind, reduction, features[0].device, _loss_dtype(features)
-    )
-
-
 def _assemble(
-    rows: list[tuple[Tensor, Tensor]],
-    squares: list[tuple[Tensor, Tensor]],
+    rows: Rows,
+    squares: Rows,
     plan: Plan,
-    norm: str,
-    curvature_kind: str,
-    reduction: str,
+    options: FlowOptions,
+    mask: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> FlowTerms:
     """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
     gradient, curvature = [], []
+    root = reference.safe_sqrt if options.per_sample else _identity
     for stage, (lengths, bends), (square_lengths, square_bends) in zip(
         plan.stages, rows, squares, strict=True
     ):
-        divisor = stage.divisor(norm, reduction)
-        root = reference.safe_sqrt if norm == "l2" else _identity
-        gradient.append(root(lengths[stage.counted_by_earlier :]).sum(1) / divisor)
-        if curvature_kind == "angle":
-            theta = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends).sum(1)
-            curvature.append(theta if reduction == "sum" else theta / max(stage.batch, 1))
+        divisor = stage.divisor(options.norm, options.reduction, mask, lengths.device)
+        gradient.append((root(lengths[stage.counted_by_earlier :]) / divisor).sum(1))
+        if options.angles:
+            angles = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends)
+            averaged = "sum" if options.reduction == "sum" else "batchmean"
+            curvature.append((angles / stage.divisor(options.norm, averaged, mask, angles.device)).sum(1))
         else:
-            curvature.append(root(bends).sum(1) / divisor)
+            curvature.append((root(bends) / divisor).sum(1))
     return FlowTerms(
         torch.cat([t.to(device) for t in gradient]).to(dtype),
         torch.cat([t.to(device) for t in curvature]).to(dtype),

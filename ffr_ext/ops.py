@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .kernels.sizes import plane_bytes
 
 # Ops that return nothing fill tensors the caller has allocated.
 SCHEMAS = {
@@ -116,14 +117,9 @@ def flow_kernels(backend: str) -> FlowKernels:
     return _FLOW[backend]
 
 
-def sign_plane_bytes(numel: int) -> int:
-    """Bytes of one packed-sign plane: a nibble per element, rounded up to 16 bytes so that every plane is aligned."""
-    return 16 * ((numel + 31) // 32)
-
-
 def sign_bytes(length: int, numel: int) -> int:
     """Bytes of the packed signs of a stage: one plane for each first difference."""
-    return (length - 1) * sign_plane_bytes(numel)
+    return (length - 1) * plane_bytes(numel)
 
 
 def stats_entries(length: int, groups: int) -> int:

@@ -6,6 +6,7 @@ Nothing here is fused and every difference is materialised; that is the point: i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ def split_stages(features: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def pool_to(feature: Tensor, shape: torch.Size) -> Tensor:
-    """`feature` (B, C, *spatial) in the shape of the next stage: average pooling, then zero-padding of channels.
+    """`feature` (B, C, ...) in the shape of the next stage: average pooling, then zero-padding of channels.
 
     The parameter-free shortcut of ResNet (option A), with the average instead of the strided sample. Equivalent to
     `F.pad(F.avg_pool2d(x, ratio), (0, 0, 0, 0, 0, C_new - C))` for images; any number of spatial dimensions works.
@@ -41,17 +42,41 @@ def pool_to(feature: Tensor, shape: torch.Size) -> Tensor:
     return feature
 
 
-def phi(difference: Tensor, norm: str, reduction: str) -> Tensor:
-    """phi(d) of design.md section 1: a 0-dim penalty of one difference (B, ...)."""
+def phi(difference: Tensor, norm: str, reduction: str, mask: Tensor | None = None) -> Tensor:
+    """phi(d) of design.md section 1: a 0-dim penalty of one difference (B, ...), which is 0 where a mask is False."""
     batch = max(difference.shape[0], 1)
     per_sample = max(difference.numel(), 1) / batch
+    mean = batch * (per_sample**0.5 if norm == "l2" else per_sample)
+    divisor: float | Tensor = {"sum": 1, "batchmean": batch, "mean": mean}[reduction]
+    if mask is not None:
+        divisor = masked_divisor(difference.shape, norm, reduction, mask)
     if norm == "l1":
-        total, mean = difference.abs().sum(), batch * per_sample
-    elif norm == "l2_squared":
-        total, mean = difference.square().sum(), batch * per_sample
-    else:
-        total, mean = safe_sqrt(squared_norms(difference)).sum(), batch * per_sample**0.5
-    return total / {"sum": 1, "batchmean": batch, "mean": mean}[reduction]
+        return difference.abs().sum() / divisor
+    if norm == "l2_squared":
+        return difference.square().sum() / divisor
+    return (safe_sqrt(squared_norms(difference)) / divisor).sum()
+
+
+def at_positions(mask: Tensor, rank: int) -> Tensor:
+    """A mask of the leading dimensions in `rank` dimensions."""
+    return mask[(...,) + (None,) * (rank - mask.dim())]
+
+
+def counted(shape: Sequence[int], mask: Tensor) -> Tensor:
+    """How many elements of each sample of a feature count: (B,)."""
+    positions = mask.expand(tuple(shape[: mask.dim()])).unsqueeze(-1).flatten(1).sum(1)
+    return positions * math.prod(shape[mask.dim() :])
+
+
+def masked_divisor(shape: Sequence[int], norm: str, reduction: str, mask: Tensor) -> Tensor | int:
+    """What phi(d) is divided by where only some positions count. With norm="l2" each sample's norm has its own."""
+    if reduction == "sum":
+        return 1
+    elements = counted(shape, mask)
+    samples = (elements > 0).sum().clamp(min=1)
+    if reduction == "batchmean":
+        return samples
+    return samples * elements.clamp(min=1).double().sqrt() if norm == "l2" else elements.sum().clamp(min=1)
 
 
 def squared_norms(difference: Tensor) -> Tensor:
@@ -61,30 +86,34 @@ def squared_norms(difference: Tensor) -> Tensor:
 
 def safe_sqrt(squared: Tensor) -> Tensor:
     """`squared.sqrt()` with gradient 0, not infinity, at 0."""
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+    zero = squared == 0  # a NaN is not
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:
-    """Angle in radians between two vectors, from |before|^2, |after|^2 and |after - before|^2.
+    """Angle in radians between two vectors, from ``|before|^2``, ``|after|^2`` and ``|after - before|^2``.
 
-    1 - cos = (bend - (|before| - |after|)^2) / (2 |before| |after|) keeps its digits at small angles, where the
-    cosine itself is 1 to working precision. 0 with zero gradient where a vector is zero or both are (anti)parallel.
+    ``1 - cos = (bend - (|before| - |after|)^2) / (2 |before| |after|)`` keeps its digits at small angles, where the
+    cosine itself is 1 to working precision. 0 with zero gradient where a vector is zero or both are (anti)parallel;
+    NaN where one is not finite.
     """
     a, b = safe_sqrt(before), safe_sqrt(after)
-    turning = (before > 0) & (after > 0)
-    scale = torch.where(turning, 2 * a * b, 1)
-    one_minus_cos = torch.where(turning, (bend - (a - b).square()) / scale, 0).clamp(0, 2)
-    inside = (one_minus_cos > 0) & (one_minus_cos < 2)
-    u = torch.where(inside, one_minus_cos, 1)
+    still = ((before == 0) | (after == 0)) & bend.isfinite()
+    scale = torch.where(still, 1, 2 * a * b)
+    one_minus_cos = torch.where(still, 0, (bend - (a - b).square()) / scale).clamp(0, 2)
+    edge = (one_minus_cos <= 0) | (one_minus_cos >= 2)  # a NaN is not
+    u = torch.where(edge, 1, one_minus_cos)
     theta = 2 * torch.atan2(u.sqrt(), (2 - u).sqrt())
-    return torch.where(inside, theta, torch.where(one_minus_cos >= 2, torch.pi, 0.0))
+    return torch.where(edge, torch.where(one_minus_cos >= 2, torch.pi, 0.0), theta)
 
 
-def angle_term(before: Tensor, after: Tensor, reduction: str) -> Tensor:
+def angle_term(before: Tensor, after: Tensor, reduction: str, mask: Tensor | None = None) -> Tensor:
     """Total absolute curvature at one vertex of the trajectory: `angle` per sample, summed or averaged over them."""
     rows = [squared_norms(d.double()) for d in (before, after, after - before)]
     theta = angle(*rows).sum()
+    if mask is not None:
+        reduction = "sum" if reduction == "sum" else "batchmean"
+        return theta / masked_divisor(before.shape, "l2", reduction, mask)
     return theta if reduction == "sum" else theta / max(before.shape[0], 1)
 
 
@@ -95,8 +124,10 @@ def flow_terms(
     curvature_kind: str = "difference",
     reduction: str = "mean",
     transition: str = "break",
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All gradient terms and all curvature terms in depth order, as two 1-D tensors."""
+    """All gradient terms and all curvature terms in depth order, as two 1-D tensors. `mask`: bool, of the leading
+    dimensions of every feature; what it leaves out is 0 before any difference is taken, so that no NaN gets out."""
     features = list(features)
     accumulate = torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
     gradient, curvature = [], []
@@ -105,14 +136,17 @@ def flow_terms(
         tail = previous[-2:] if transition == "pool" else []
         x = [pool_to(f, stage[0].shape) for f in tail] + stage
         x = [f.to(accumulate) for f in x]
+        if mask is not None:
+            mask = mask.to(x[0].device)
+            x = [torch.where(at_positions(mask, f.dim()), f, 0) for f in x]
         d = [after - before for before, after in pairwise(x)]
         for before, after in pairwise(d):
             if curvature_kind == "angle":
-                curvature.append(angle_term(before, after, reduction))
+                curvature.append(angle_term(before, after, reduction, mask))
             else:
-                curvature.append(phi(after - before, norm, reduction))
+                curvature.append(phi(after - before, norm, reduction, mask))
         # With two mapped features the first difference lies inside the earlier stage, which has counted it.
-        gradient += [phi(difference, norm, reduction) for difference in d[1 if len(tail) == 2 else 0 :]]
+        gradient += [phi(difference, norm, reduction, mask) for difference in d[1 if len(tail) == 2 else 0 :]]
         previous = stage
     empty = features[0].new_zeros(0, dtype=accumulate)
     stack = lambda terms: torch.stack([t.to(accumulate) for t in terms]) if terms else empty  # noqa: E731
@@ -128,9 +162,15 @@ def ffr_loss(
     curvature_kind: str = "difference",
     reduction: str = "mean",
     transition: str = "break",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """`(gradient * gradient_terms).sum() + (curvature * curvature_terms).sum()`, a 0-dim tensor."""
     lengths, bends = flow_terms(
-        features, norm=norm, curvature_kind=curvature_kind, reduction=reduction, transition=transition
+        features,
+        norm=norm,
+        curvature_kind=curvature_kind,
+        reduction=reduction,
+        transition=transition,
+        mask=mask,
     )
     return (gradient * lengths).sum() + (curvature * bends).sum()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .reference import pool_to
+from .reference import masked_divisor, pool_to
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,21 @@ class Stage:
     def batch(self) -> int:
         return self.shape[0]
 
+    def groups(self, leading: int) -> int:
+        """Groups that a row of stats has where there is one for each index of the first `leading` dimensions."""
+        return math.prod(self.shape[:leading])
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def divisor(self, norm: str, reduction: str) -> float:
-        """What phi(d) is divided by (design.md section 1): 1 for an empty feature, whose mean is 0."""
+    def divisor(
+        self, norm: str, reduction: str, mask: Tensor | None = None, device: torch.device | None = None
+    ) -> float | Tensor:
+        """What phi(d) is divided by (design.md section 1): 1 for an empty feature, whose mean is 0. With a mask a
+        tensor, 0-dim or one entry for each sample."""
+        if mask is not None:
+            return masked_divisor(self.shape, norm, reduction, mask.to(device))
         if reduction == "sum":
             return 1
         batch = max(self.batch, 1)
@@ -74,14 +84,9 @@ class Plan:
     """The stages that have a term, in depth order."""
 
     stages: tuple[Stage, ...]
-
-    @property
-    def gradient_terms(self) -> int:
-        return sum(s.gradient_terms for s in self.stages)
-
-    @property
-    def curvature_terms(self) -> int:
-        return sum(s.bends for s in self.stages)
+    gradient_terms: int
+    curvature_terms: int
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)  # what was made for it, for later calls
 
 
 def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
@@ -98,9 +103,10 @@ def make_plan(shapes: Sequence[tuple[int, ...]], transition: str) -> Plan:
         if first < len(shapes):
             stages.append(Stage(first, index - first, tail, tuple(shapes[first])))
         first = index
-    plan = Plan(tuple(s for s in stages if s.length > 1))
-    checks.check_has_terms(shapes, plan.gradient_terms)
-    return plan
+    stages = [s for s in stages if s.length > 1]
+    gradient_terms = sum(s.gradient_terms for s in stages)
+    checks.check_has_terms(shapes, gradient_terms)
+    return Plan(tuple(stages), gradient_terms, sum(s.bends for s in stages))
 
 
 def has_term(features: Sequence[Tensor], transition: str) -> bool:
@@ -158,25 +164,34 @@ class Layout:
         return tuple(dims)
 
 
-def walk_as_they_lie(layouts: Sequence[Layout], per_sample: bool) -> bool:
+class Sums(NamedTuple):
+    """Which sums are made of the differences of a stage, and by whom."""
+
+    squared: bool  # of squares; False: of absolute values
+    leading: int  # one for each index of the first `leading` dimensions: 0 one in all, 1 one per sample
+    backend: str  # a concrete one, not "auto"
+
+
+def walk_as_they_lie(layouts: Sequence[Layout], leading: int) -> bool:
     """Whether the kernels can walk features of one shape in storage order, without a copy.
 
-    All must be dense and share one order. `per_sample` needs each sample to be one storage range, so the batch must be
-    outermost; it is in contiguous and in channels_last tensors.
+    All must be dense and share one order. Each group of sums must be one storage range, so the first `leading`
+    dimensions must be outermost; the batch is in contiguous and in channels_last tensors.
     """
     if all(layout.contiguous for layout in layouts):
         return True
     order = layouts[0].storage_order
-    if order is None or (per_sample and layouts[0].shape[0] != 1 and order[:1] != (0,)):
+    groups = tuple(d for d in range(leading) if layouts[0].shape[d] != 1)
+    if order is None or order[: len(groups)] != groups:
         return False
     return all(layout.storage_order == order for layout in layouts[1:])
 
 
-def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layout]:
+def kernel_layouts(layouts: Sequence[Layout], leading: int) -> Sequence[Layout]:
     """The layouts in which the kernels write the gradients of a stage: as the features lie, or contiguous if
     `align` copies.
     """
-    if walk_as_they_lie(layouts, per_sample):
+    if walk_as_they_lie(layouts, leading):
         return layouts
     strides = [1]
     for size in reversed(layouts[0].shape[1:]):
@@ -184,13 +199,20 @@ def kernel_layouts(layouts: Sequence[Layout], per_sample: bool) -> Sequence[Layo
     return [Layout(layout.shape, tuple(strides), layout.dtype, True) for layout in layouts]
 
 
-def align(features: Sequence[Tensor], per_sample: bool) -> list[Tensor]:
+def align(features: Sequence[Tensor], leading: int) -> list[Tensor]:
     """Features of one shape in one storage order: the very same tensors if they share one already, else
     contiguous copies.
     """
     # A list, not a generator: where a backward pass reads a tensor's layout, Dynamo starts it again, and torch 2.14 and
     # 2.15 then take a generator left in the middle for one that still runs.
     contiguous = all([f.is_contiguous() for f in features])  # noqa: C419
-    if contiguous or walk_as_they_lie([Layout.of(f) for f in features], per_sample):
+    if contiguous or walk_as_they_lie([Layout.of(f) for f in features], leading):
         return list(features)
     return [f.contiguous() for f in features]
+
+
+def with_layout(grad: Tensor, layout: Layout) -> Tensor:
+    """`grad` in the strides of its feature, where those are dense."""
+    if grad.stride() == layout.strides or layout.storage_order is None:
+        return grad
+    return torch.empty_strided(layout.shape, layout.strides, dtype=grad.dtype, device=grad.device).copy_(grad)

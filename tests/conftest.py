@@ -7,7 +7,6 @@ import torch
 
 import ffr_ext
 from ffr_ext import backends
-from ffr_ext.flow import taps
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,9 +51,3 @@ def fused() -> str:
     if not status.available:
         pytest.skip(f"backend 'cpu': {status.reason}")
     return "cpu"
-
-
-@pytest.fixture(params=["apart", "in place"])
-def both_additions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients just in time are right whether autograd adds them or the kernel does."""
-    monkeypatch.setattr(taps, "MIN_BYTES", 0 if request.param == "in place" else 1 << 60)

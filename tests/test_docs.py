@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -65,3 +66,28 @@ def test_named_files_of_the_code_exist(page: Path) -> None:
 def _inline(page: Path) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", prose)
+
+
+PUBLIC = (
+    *(
+        "ffr_ext",
+        "ffr_ext.flow",
+        "ffr_ext.pruning",
+        "ffr_ext.pruning.graph",
+        "ffr_ext.regularizers",
+        "ffr_ext.structured",
+        "ffr_ext.trainers",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_api_reference_names_every_public_name(name: str) -> None:
+    """And each has a docstring for `make docs` to show."""
+    pytest.importorskip("lightning") if name.endswith("trainers") else None
+    module = importlib.import_module(name)
+    reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    listed = set(re.findall(r"^\.\. auto\w+:: [\w.]*?(\w+)$", reference, flags=re.MULTILINE))
+    public = [public for public in module.__all__ if not public.startswith("_")]
+    assert not [public for public in public if not (getattr(module, public).__doc__ or "").strip()]
+    assert not set(public) - listed - {"LayerSpec"}  # a type alias

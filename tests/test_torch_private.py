@@ -15,7 +15,7 @@ from ffr_ext import _torch
 
 PACKAGE = Path(ffr_ext.__file__).parent
 PRIVATE = re.compile(
-    r"torch\._[A-Za-z]|_pytree|\._(forward|backward)\w*hooks|\._(parameters|buffers)\b|\._is_replica"
+    r"torch\._[A-Za-z]|_pytree|\._(forward|backward)\w*hooks|(?<!self)\._(parameters|buffers)\b|\._is_replica"
     r"|_make_wrapper_subclass|\._schema\b|\._overloadname|[a-z]\._version\b|\._use_count|\._cdata|_dynamo_marked"
     r"|\._(BatchNorm|NormBase|ConvNd|ConvTransposeNd)\b|super\(torch\.|\._metadata"
 )
@@ -79,17 +79,6 @@ def test_transforms_active(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answers == [True, False]
 
 
-def test_modes_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    assert not _torch.modes_active()
-    with FlopCounterMode(display=False):
-        assert _torch.modes_active()
-        monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-        monkeypatch.delattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", raising=False)
-        assert not _torch.modes_active()
-
-
 def test_constant_when_compiled() -> None:
     @_torch.constant_when_compiled
     def untraceable(name: str) -> int:
@@ -107,6 +96,19 @@ def test_version() -> None:
     assert _torch.version(x) == before + 1
     with torch.inference_mode():
         assert _torch.version(torch.zeros(2)) is None
+
+
+def test_traced_version() -> None:
+    written = torch.compile(lambda x: x.add_(_torch.traced_version(x)), fullgraph=True, backend="eager")
+    assert written(torch.ones(())) == 1
+    assert _torch.traced_version(torch.zeros(2)) == 0
+
+
+def test_unscales_by_itself() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+    assert not _torch.unscales_by_itself(optimizer)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # what fused optimizers set
+    assert _torch.unscales_by_itself(optimizer)
 
 
 def test_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

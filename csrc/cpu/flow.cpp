@@ -300,7 +300,7 @@ void flow_backward(const StageView* stages, int64_t num_stages, bool squared, co
     bytes += wanted * shape.numel * element_size(job.stage.dtype);
   }
   const bool large = bytes >= kStreamBytes;
-  // The limits are measured: docs/performance.md, attempts 10 and 11 of "CPU kernels".
+  // The limits are measured: docs/log/cpu-kernels.md, 10 and 11.
   const bool stream = bytes >= (squared ? kStreamBytes : 2 * kStreamBytes);
   const std::vector<uint8_t> new_memory = large ? find_new_memory(jobs) : std::vector<uint8_t>();
   const uint8_t* next = new_memory.data();

@@ -21,7 +21,7 @@ namespace ffr {
 
 // Bytes of one feature in a tile of the forward and of the backward pass. Three features' tiles are read at
 // once in the forward pass: 24 KiB, which fit an L1 cache of 32 KiB. The backward pass writes long runs
-// instead (docs/performance.md, "CPU kernels").
+// instead (docs/log/cpu-kernels.md).
 constexpr int64_t kForwardTileBytes = 8192;
 constexpr int64_t kMostBackwardTileBytes = 131072;
 // Elements handled per step; rows start on multiples of it within a group, and only a group's last row may

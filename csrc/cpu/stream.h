@@ -1,5 +1,5 @@
 // Stores past the cache: a line that is stored whole need not be read first, which saves a third of a copy's
-// traffic. Worth it for results that would not stay in the cache anyway (docs/performance.md).
+// traffic. Worth it for results that would not stay in the cache anyway (docs/log/cpu-kernels.md).
 #pragma once
 
 #include <stdint.h>

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stages import make_plan
+from ..stages import has_term, make_plan
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,9 @@ class Description:
     """Returned by :meth:`FeatureFlow.describe`; its string is a table.
 
     Attributes:
-        names, shapes: of every captured feature, in call order.
+        names, shapes, dtypes: of every captured feature, in call order; of several paths, path after path.
         stages: for each stage that has a term, the indices of its own features.
-        gradient, curvature: for each term in depth order, the indices of the two or three features it
-        compares.
+        gradient, curvature: for each term in depth order, the indices of the two or three features it compares.
         settings: norm, curvature_kind, reduction, transition, backend and both weights.
         bytes: of all features.
     """
@@ -59,21 +58,29 @@ def _weight(weight: Any) -> str:
 
 
 def describe(
-    names: list[str], features: Sequence[Tensor], transition: str, settings: dict[str, Any]
+    paths: Sequence[tuple[list[str], Sequence[Tensor]]], transition: str, settings: dict[str, Any]
 ) -> Description:
-    """What a loss of these features, captured from layers of these names, compares."""
-    shapes = [tuple(feature.shape) for feature in features]
+    """What a loss compares whose paths have features captured from layers of these names."""
+    names = [name for names, _ in paths for name in names]
+    features = [feature for _, features in paths for feature in features]
     gradient: list[tuple[int, ...]] = []
     curvature: list[tuple[int, ...]] = []
     stages = []
-    for stage in make_plan(shapes, transition).stages:
-        start, stop = stage.first - stage.tail, stage.first + stage.own
-        stages.append(list(range(stage.first, stop)))
-        gradient += [(i, i + 1) for i in range(start + stage.counted_by_earlier, stop - 1)]
-        curvature += [(i, i + 1, i + 2) for i in range(start, stop - 2)]
+    before = 0
+    with_terms = any(has_term(features, transition) for _, features in paths)
+    for _, own in paths:
+        shapes = [tuple(feature.shape) for feature in own]
+        # If no path has a term, the first says why.
+        plan = make_plan(shapes, transition) if has_term(own, transition) or not with_terms else None
+        for stage in plan.stages if plan is not None else ():
+            start, stop = before + stage.first - stage.tail, before + stage.first + stage.own
+            stages.append(list(range(start + stage.tail, stop)))
+            gradient += [(i, i + 1) for i in range(start + stage.counted_by_earlier, stop - 1)]
+            curvature += [(i, i + 1, i + 2) for i in range(start, stop - 2)]
+        before += len(own)
     return Description(
         names=names,
-        shapes=shapes,
+        shapes=[tuple(feature.shape) for feature in features],
         dtypes=[feature.dtype for feature in features],
         stages=stages,
         gradient=gradient,

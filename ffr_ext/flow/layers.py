@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-LayerSpec = str | Sequence["str | nn.Module"] | Callable[[str, nn.Module], bool]
+LayerSpec = (
+    str
+    | Sequence["str | nn.Module"]
+    | Sequence[Sequence["str | nn.Module"]]
+    | Callable[[str, nn.Module], bool]
+)
+Layers = dict[str, nn.Module]
 
 # These only hold other modules: the four stages of a ResNet are four nn.Sequential under one parent, and
 # are not blocks.
@@ -24,7 +33,116 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
 )
 
 
-def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
+def select_streams(model: nn.Module, layers: LayerSpec, join_stages: bool = False) -> list[Layers]:
+    """The layers that ``layers`` means, in streams: those of one stream make a path, and no term compares two streams.
+
+    ``"auto"`` puts the blocks of different parents into streams of their own (:func:`streams`), a sequence of sequences
+    says it by hand, and anything else is one stream. See :func:`select_layers` for the rest.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        return streams(model, select_layers(model, layers), join_stages)
+    if _is_nested(layers):
+        return _by_hand(model, layers)
+    return [select_layers(model, layers)]
+
+
+def _is_nested(layers: Any) -> bool:
+    return isinstance(layers, (list, tuple)) and any(
+        isinstance(entry, Iterable) and not isinstance(entry, (str, nn.Module)) for entry in layers
+    )
+
+
+def _by_hand(model: nn.Module, layers: Any) -> list[Layers]:
+    result: list[Layers] = []
+    listed: set[str] = set()
+    for index, path in enumerate(layers):
+        if isinstance(path, (str, nn.Module)) or not isinstance(path, Iterable):
+            raise TypeError(
+                f"layers[{index}]: expected a list of names and modules, as the other paths are, got "
+                f"{type(path).__name__}"
+            )
+        try:
+            chosen = _by_name_or_identity(model, path)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layers[{index}]: {error}") from error
+        for name in chosen:
+            if name in listed:
+                raise ValueError(f"layers[{index}]: {name!r} is listed twice; a layer belongs to one path")
+        listed.update(chosen)
+        result.append(chosen)
+    return result
+
+
+def streams(model: nn.Module, chosen: Layers, join_stages: bool = False) -> list[Layers]:
+    """The chosen layers, apart where they are in different parents that hold two or more of them: encoder and decoder,
+    two towers, the way down and the way up of a U-net.
+
+    What lies next to each other and is alone in its parent goes with its neighbours, as do the children of one parent,
+    unless they are numbered in groups (``down1, down2, up1, up2``). With ``join_stages`` lists of layers and modules
+    that are called stages stay in one stream with what lies around them: terms between stages are wanted then, and
+    `transition="pool"` maps them onto each other.
+    """
+    modules = set(chosen.values())
+    count = {module: len(modules.intersection(module.modules())) for module in model.modules()}
+    order = {module: name for name, module in chosen.items()}
+    result: list[Layers] = []
+    placed: set[nn.Module] = set()
+
+    def walk(parent: nn.Module, stream: Layers) -> Layers:
+        """Sort what is in `parent` into `stream` and new ones; returns the stream that goes on behind it."""
+        children = [(name, child) for name, child in parent.named_children() if count[child]]
+        starts = set() if join_stages else _group_starts([name for name, _ in children])
+        for number, (_, child) in enumerate(children):
+            if number in starts:
+                stream = _opened(result)
+            if child in modules:
+                if child not in placed:  # it may have two parents
+                    stream[order[child]] = child
+                    placed.add(child)
+            elif count[child] == 1 or (join_stages and _is_a_stage(parent, child)):
+                stream = walk(child, stream)
+            else:
+                walk(child, _opened(result))
+                stream = _opened(result)
+        return stream
+
+    walk(model, _opened(result))
+    return [stream for stream in result if stream]
+
+
+def _opened(result: list[Layers]) -> Layers:
+    result.append({})
+    return result[-1]
+
+
+def _is_a_stage(parent: nn.Module, child: nn.Module) -> bool:
+    """Whether a child with several layers goes on where the one before it in its parent ended."""
+    in_a_list = isinstance(parent, (nn.Sequential, nn.ModuleList))
+    return in_a_list or isinstance(child, (nn.Sequential, nn.ModuleList)) or _is_called_stage(child)
+
+
+def _group_starts(names: list[str]) -> set[int]:
+    """Where among the names of children a numbered group of two or more follows another: at ``up1`` of ``down1, down2,
+    up1, up2``."""
+    starts: set[int] = set()
+    first, before = 0, 0
+    for stem, group in itertools.groupby(names, _stem):
+        size = len(list(group))
+        if stem and size > 1:
+            if before:
+                starts.add(first)
+            before = size
+        first += size
+    return starts
+
+
+def _stem(name: str) -> str:
+    """What stands before the number in a name; nothing if it has none."""
+    match = re.match(r"(\D+)\d", name)
+    return match[1] if match else ""
+
+
+def select_layers(model: nn.Module, layers: LayerSpec) -> Layers:
     """Map qualified names to the modules that ``layers`` means, in the order of ``model.named_modules()``.
 
     ``layers`` is ``"auto"`` (see :func:`repeated_blocks`, then :func:`activations`), one name, a sequence
@@ -38,9 +156,8 @@ def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
         chosen = repeated_blocks(model) or activations(model)
         if not chosen:
             raise ValueError(
-                f"layers='auto' found neither repeated blocks nor activation modules in "
-                f"{type(model).__name__}; "
-                "pass names, modules, or a predicate (name, module) -> bool"
+                f"layers='auto' found neither repeated blocks nor activation modules in {type(model).__name__}; pass "
+                "names, modules, or a predicate (name, module) -> bool"
             )
         return chosen
     if isinstance(layers, str):
@@ -65,7 +182,7 @@ def select_layers(model: nn.Module, layers: LayerSpec) -> dict[str, nn.Module]:
         raise TypeError(
             f"layers: expected 'auto', names, modules or a predicate, got {type(layers).__name__}"
         )
-    return _by_name_or_identity(model, layers)
+    return _by_name_or_identity(model, layers)  # type: ignore[arg-type]
 
 
 def _check_predicate(predicate: Callable[..., bool]) -> None:
@@ -82,7 +199,7 @@ def _check_predicate(predicate: Callable[..., bool]) -> None:
         ) from error
 
 
-def _by_name_or_identity(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
+def _by_name_or_identity(model: nn.Module, layers: Iterable[str | nn.Module]) -> Layers:
     by_name = dict(model.named_modules())
     name_of = {module: name for name, module in by_name.items()}
     wanted: set[str] = set()
@@ -114,7 +231,7 @@ def _hint(name: str, by_name: dict[str, nn.Module]) -> str:
     return f"; did you mean {close[0]!r}?" if close and close[0] else ""
 
 
-def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def repeated_blocks(model: nn.Module) -> Layers:
     """Blocks such as residual blocks and transformer layers, outermost first.
 
     A class is a block class if some parent has two or more children of it that have children of their own and weights
@@ -209,7 +326,7 @@ def _has_inside(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(p.dim() > 1 for p in module.parameters())
 
 
-def activations(model: nn.Module) -> dict[str, nn.Module]:
+def activations(model: nn.Module) -> Layers:
     """The element-wise activation modules (``nn.ReLU``, ``nn.GELU``, ...). A function such as ``F.relu``
     is no module."""
     return {

@@ -1,10 +1,12 @@
-"""A path: the features of one call of a model, and what has to be known of them to build a loss."""
+"""A path: the features of one call of a model's layers, and what has to be known of them to build a loss."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _torch
@@ -23,17 +25,37 @@ class Path:
 
     ``earlier`` is the path before it in the pass. A list of paths would have torch.compile trace anew for
     each number of calls, since it guards on the length of a list that it appends to.
+
+    Attributes:
+        stream: which of the model's streams the layers belong to.
+        streams: of a joined path all of them.
+        outside: whether no call contains it.
+        dropped: whether its call raised; it is no part of the pass then.
+        points: the nodes of autograd's graph that made the features, once they have been let go.
+        penalty: what was built of it and others for a backward pass.
+        passed: tells whether a backward pass went through it.
+        mask: which positions count, where padding does not.
     """
 
-    def __init__(self, earlier: Path | None = None) -> None:
+    def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
+        self.stream = stream
+        self.streams = {stream}
         self.earlier = earlier
+        self.outside = outside
+        self.dropped = False
         self.names: list[str] = []
         self.features: list[Tensor] = []
         self.taps: list[tuple[Slot, Tensor] | None] = []
-        self.versions: list[int | None] = []
-        self.traced: list[bool] = []
-        self.overwritten: list[tuple[str, bool]] = []
+        self.versions: list[int | None] = []  # None: nobody counts, or a traced counter tells
+        self.traced: list[
+            tuple[int, Any]
+        ] = []  # features captured while torch.compile traced, and their versions
+        self.overwritten: list[tuple[str, Any]] = []
         self.without_autograd: list[str] = []
+        self.points: set[Any] = set()
+        self.penalty: Tensor | None = None
+        self.passed = Passed()
+        self.mask: Tensor | None = None
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -50,12 +72,12 @@ class Path:
         place to look: at the feature before this one, at the last layer at all of them. Nobody looks after
         the last, so that is copied.
         """
-        for index in range(0 if last else max(len(self.names) - 1, 0), len(self.names)):
-            version = self.versions[index]
-            if version is not None and self.traced[index]:
-                self.overwritten.append((self.names[index], _torch.version(self.features[index]) != version))
+        for index, version in self.traced if last else self.traced[-1:]:
+            if version is not None:
+                now = _torch.traced_version(self.features[index])
+                self.overwritten.append((self.names[index], now != version))
         feature = feature.clone() if last else feature
-        self.versions.append(_torch.version(feature))
+        self.traced.append((len(self.names), _torch.traced_version(feature)))
         return feature
 
     def outputs(self) -> str:
@@ -70,19 +92,12 @@ class Path:
                 f"FeatureFlow: {quoted(self.without_autograd)} ran without autograd in a training forward, so "
                 + _CHECKPOINT_ADVICE
             )
-        for name, feature, version, traced in zip(
-            self.names, self.features, self.versions, self.traced, strict=True
-        ):
-            if not traced and version is not None:
-                self.overwritten.append((name, _torch.version(feature) != version))
         for name, overwritten in self.overwritten:
             if overwritten:
-                raise RuntimeError(
-                    f"FeatureFlow: the output of layer {name!r} was overwritten in place after it was "
-                    f"captured (an "
-                    "in-place activation or +=); use inplace=False there, or choose the layer that "
-                    "overwrites it"
-                )
+                raise _overwritten(name)
+        for name, feature, version in zip(self.names, self.features, self.versions, strict=False):
+            if version is not None and _torch.version(feature) != version:
+                raise _overwritten(name)
 
     def warn_if_several_calls(self, stacklevel: int) -> None:
         """Warn if every layer was called the same number of times, more than once, one round after another."""
@@ -91,14 +106,120 @@ class Path:
         if len(layers) > 1 and rounds > 1 and self.names == layers * rounds:
             warnings.warn(
                 f"FeatureFlow: all {len(layers)} layers were called {rounds} times in one pass, outside any call "
-                "of a module that contains them. Their features make one path, with terms between the end of "
-                "one round and the start of the next. If these are calls on different inputs, call such a "
-                "module (each of its calls is a path of its own), or give each a pass and a loss() of its own",
+                "of a module that contains them. A round that autograd's graph shows not to depend on the one before "
+                "is a path of its own; any other goes on with the path, with terms between the end of one round and "
+                "the start of the next. If these are calls on different inputs, better call such a module (each of "
+                "its calls is a path of its own), or give each a pass and a loss() of its own",
                 stacklevel=stacklevel + 1,
             )
+
+    def requires_grad(self) -> bool:
+        """Whether any feature does, or did before it was let go."""
+        return bool(self.points) or any(feature.requires_grad for feature in self.features)
+
+    def nodes(self) -> set[Any]:
+        """The nodes of autograd's graph that made the features: a loss whose graph has one of them depends on it."""
+        return self.points or {f.grad_fn for f in self.features if f.grad_fn is not None}
+
+    def release(self) -> None:
+        """Let go of the features, and keep what tells which losses depend on them."""
+        self.points = self.nodes()
+        self.features, self.taps, self.versions = [], [], []
+
+
+class Passed:
+    """Pre-hook of the node that made a feature: notes that a backward pass reached it."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def __call__(self, _gradients: Any) -> None:
+        self.noted = True
+
+
+def independent(path: Path) -> list[Path]:
+    """`path` cut where a round of its layers does not depend on the round before: a module that was called twice, on
+    two inputs, in one call of the model. A recurrent module, whose second call reads what the first one made, is one
+    path. Where autograd has no graph to tell (compiled, or without gradients) nothing is cut.
+    """
+    if len(set(path.names)) == len(path.names):
+        return [path]
+    cuts, seen = [0], set[str]()
+    for index, name in enumerate(path.names):
+        if name in seen:
+            seen.clear()
+            if not _follows(path.features[index], path.features[index - 1]):
+                cuts.append(index)
+        seen.add(name)
+    if len(cuts) == 1:
+        return [path]
+    return [_part(path, slice(a, b)) for a, b in zip(cuts, [*cuts[1:], None], strict=True)]
+
+
+def _follows(later: Tensor, earlier: Tensor) -> bool:
+    if earlier.grad_fn is None or later.grad_fn is None:
+        return True
+    return earlier.grad_fn is later.grad_fn or reached(later, [{earlier.grad_fn}])[0]
+
+
+def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[Path]:
+    """One path for neighbours that are of different streams of one call and not to be kept `apart`: one pass over the
+    features instead of many, with the same terms."""
+    paths = list(paths)
+    if len(paths) < 2:
+        return paths
+    results: list[Path] = []
+    for path in paths:
+        same_mask = bool(results) and results[-1].mask is path.mask
+        if same_mask and path.stream not in results[-1].streams and not apart(results[-1], path):
+            last = results[-1]
+            last.streams.add(path.stream)
+            last.names += path.names
+            last.features += path.features
+            last.taps += path.taps
+        else:
+            results.append(_part(path, slice(None)))
+    return results
+
+
+def _part(path: Path, part: slice) -> Path:
+    result = Path(path.stream, outside=path.outside)
+    result.mask = path.mask
+    result.names, result.features, result.taps = path.names[part], path.features[part], path.taps[part]
+    return result
+
+
+def reached(loss: Tensor, wanted: Sequence[set[Any]]) -> list[bool]:
+    """For each of these sets of nodes whether the graph of `loss` has one of them. Breadth first, since features are
+    near the loss; the walk stops when it has one of each."""
+    missing = dict(enumerate(wanted))
+    layer = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen: set[Any] = set(layer)
+    while layer and missing:
+        missing = {index: nodes for index, nodes in missing.items() if nodes.isdisjoint(layer)}
+        following = []
+        for node in layer:
+            for parent, _ in node.next_functions:
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    following.append(parent)
+        layer = following
+    return [index not in missing for index in range(len(wanted))]
 
 
 def quoted(names: Sequence[str]) -> str:
     """`layer 'a'` or `layers 'a', 'b', 'c', ...`, for messages."""
     shown = ", ".join(repr(name) for name in names[:3])
     return f"layer {shown}" if len(names) == 1 else f"layers {shown}{', ...' if len(names) > 3 else ''}"
+
+
+def _overwritten(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"FeatureFlow: the output of layer {name!r} was overwritten in place after it was captured (an in-place "
+        "activation or +=); use inplace=False there, or choose the layer that overwrites it"
+    )
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread, where only recomputation calls a forward."""
+    return not torch.compiler.is_compiling() and _torch.graph_task() != -1

@@ -13,9 +13,7 @@ in its backward pass handed to the taps through the `Walk` they share.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +21,9 @@ from torch import Tensor
 
 from .. import compiled, ops
 from .._torch import graph_task, transforms_active
-from ..autograd import DOUBLE_BACKWARD, _with_strides
-from ..stages import Layout, Stage, align, kernel_layouts, stage_features
-from .pending import MIN_BYTES, Counts, PendingGradient, as_dense, counts_when_owned
+from ..autograd import DOUBLE_BACKWARD
+from ..reference import at_positions
+from ..stages import Layout, Stage, Sums, align, kernel_layouts, stage_features, with_layout
 
 _LOST = (
     "FeatureFlow: a captured feature was reached outside the backward pass of its loss. Two backward passes "
@@ -51,12 +49,7 @@ def can_tap(feature: Tensor) -> bool:
 def tap(feature: Tensor) -> tuple[Slot, Tensor]:
     """A tap on `feature`: its slot and its token. Nothing is computed and nothing saved until `collect`."""
     slot = Slot(Layout.of(feature))
-    token: Tensor = _apply_tap(slot, feature)
-    # A hook that is there already would see a pending gradient, and a leaf would keep it.
-    if feature.nbytes >= MIN_BYTES and not feature.is_leaf and not feature._backward_hooks:
-        slot.pending = True
-        feature.register_hook(as_dense)
-    return slot, token
+    return slot, Tap.apply(slot, feature)
 
 
 class Slot:
@@ -65,8 +58,6 @@ class Slot:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.places: list[tuple[Walk, int]] = []
-        self.pending = False  # whether its gradient may be added in place
-        self.owned: Counts | None = None  # to an incoming gradient with these counts
 
     def gradient(self) -> Tensor | None:
         """The penalty's gradient of the feature, in the running backward pass; None if there is none."""
@@ -78,9 +69,6 @@ class Slot:
             if live.coef is None:
                 continue  # this part of the loss was not differentiated
             made, mapped = walk.made[place], walk.mapped[place]
-            alone = len(self.places) == 1 and not mapped and made == self.layout
-            if alone and self.owned is not None and not _compiled_autograd():
-                return PendingGradient(made, live.coef.device, partial(live.write, place), self.owned)
             if (
                 total is not None
                 and not mapped
@@ -94,15 +82,9 @@ class Slot:
                 grad = grad.to(self.layout.dtype)
                 if mapped:
                     grad = unpool(grad, self.layout.shape)
-                grad = _with_strides(grad, self.layout)
+                grad = with_layout(grad, self.layout)
             total = grad if total is None else total.add_(grad)
         return total
-
-
-def _compiled_autograd() -> bool:
-    """Whether torch.compile runs this backward pass: then the additions are not autograd's own."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)
 
 
 class Tap(torch.autograd.Function):
@@ -119,10 +101,6 @@ class Tap(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
         return None, ctx.slot.gradient()
-
-
-# Without Function.apply's questions about torch.func, which `can_tap` has asked.
-_apply_tap = super(torch.autograd.Function, Tap).apply
 
 
 class Collect(torch.autograd.Function):
@@ -158,27 +136,22 @@ def collect(
     tokens: Sequence[Tensor],
     features: list[Tensor],
     stages: Sequence[Stage],
-    squared: bool,
-    per_sample: bool,
-    backend: str,
+    sums: Sums,
+    padding: Tensor | None,
 ) -> Tensor:
     """The sums of `stages` (`functional.StatsMaker`), differentiable through the taps of the features."""
-    tapped = [slot for slot in slots if slot is not None]
-    for slot in tapped[:-1]:  # with the penalty alone the last one has no incoming gradient
-        if slot.pending:
-            slot.owned = counts_when_owned(features[0].device)
-    return Collect.apply(Walk(stages, squared, per_sample, backend), features, slots, *tokens)
+    return Collect.apply(Walk(stages, sums, padding), features, slots, *tokens)
 
 
 class Walk:
     """One call of the forward kernel, over stages of one device. A place is an index into its features."""
 
-    def __init__(self, stages: Sequence[Stage], squared: bool, per_sample: bool, backend: str) -> None:
+    def __init__(self, stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> None:
         self.stages = stages
-        self.squared = squared
-        self.per_sample = per_sample
+        self.squared, self.leading, backend = sums
+        self.padding = padding  # where gradients are 0, whatever is there
         self.kernels = ops.flow_kernels(backend)
-        self.groups = [stage.batch if per_sample else 1 for stage in stages]
+        self.groups = [stage.groups(self.leading) for stage in stages]
         self.stage_of: list[int] = []
         self.first: list[int] = []  # place of each stage's first walked feature
         self.made: list[Layout] = []  # how the kernel writes the gradient at each place
@@ -197,11 +170,11 @@ class Walk:
             values = stage_features(features, stage)
             self.first.append(len(walked))
             self.stage_of += [index] * stage.length
-            self.made += kernel_layouts([Layout.of(value) for value in values], self.per_sample)
+            self.made += kernel_layouts([Layout.of(value) for value in values], self.leading)
             self.mapped += [position < stage.tail for position in range(stage.length)]
             self.readers += [0] * stage.length
             walked += values
-            aligned += align(values, self.per_sample)
+            aligned += align(values, self.leading)
             for position in range(stage.length) if save else ():
                 slot = slots[stage.first - stage.tail + position]
                 if slot is not None:
@@ -266,6 +239,9 @@ class _Live:
             grad,
             accumulate,
         )
+        if walk.padding is not None:
+            self._used_on_this_stream([walk.padding])
+            grad.masked_fill_(at_positions(walk.padding, grad.dim()), 0)
         self._release(place)
 
     def _value(self, place: int) -> Tensor:

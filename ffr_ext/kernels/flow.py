@@ -17,13 +17,9 @@ from torch import Tensor
 
 from . import sizes
 from .flow_kernels import add_slots_kernel, backward_signs_kernel, backward_squares_kernel, forward_kernel
+from .sizes import plane_bytes
 
 _WORDS = {2: tl.uint8, 4: tl.uint16, 8: tl.uint32}
-
-
-def plane_bytes(numel: int) -> int:
-    """Bytes of one plane of packed signs: csrc/common/signs.h."""
-    return 16 * -(-numel // 32)
 
 
 def flow_forward(

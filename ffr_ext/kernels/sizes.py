@@ -60,3 +60,9 @@ def pair_tile(dtype: torch.dtype) -> tuple[int, int]:
 def vector_length(dtype: torch.dtype) -> int:
     """Elements of `dtype` in one access."""
     return ACCESS_BYTES // dtype.itemsize
+
+
+def plane_bytes(numel: int) -> int:
+    """Bytes of one plane of packed signs (csrc/common/signs.h): a nibble per element, rounded up to 16 bytes so that
+    every plane is aligned."""
+    return 16 * ((numel + 31) // 32)

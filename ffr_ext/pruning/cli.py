@@ -4,15 +4,20 @@ model."""
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
+import pickle
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from .checkpoint import load_checkpoint
 from .compaction import compact
 from .sparsity import sparsity
 from .zero import zero_small_filters
@@ -123,7 +128,7 @@ class _clear_errors:
         if isinstance(
             error, ValueError | TypeError | OSError | ImportError | AttributeError | RuntimeError | KeyError
         ):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from error
 
 
@@ -141,6 +146,60 @@ def _load(arguments: argparse.Namespace) -> torch.nn.Module:
     elif arguments.key is not None:
         raise ValueError("--key: there is no checkpoint that it could be in")
     return model
+
+
+# What wrappers put in front of every name of a state dict that is saved from them.
+_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+
+
+def load_checkpoint(model: torch.nn.Module, path: str, key: str | None = None) -> None:
+    """Load the state dict in the file, or under `key` in it, with `weights_only=True`. The prefix of a wrapper is taken
+    off where all names have it and fit without; stderr says so."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint: {path} is no file of tensors: save model.state_dict() alone ({_why(error)})"
+        ) from error
+    state, where = checkpoint, os.fspath(path)
+    if key is not None:
+        state, where = checkpoint.get(key) if isinstance(checkpoint, Mapping) else None, f"{path}[{key!r}]"
+    if not _is_state_dict(state):
+        entries = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
+        keys = ", ".join(repr(name) for name, entry in entries if _is_state_dict(entry))
+        hint = f"; there is a state dict under {keys}: pass --key" if keys else ""
+        raise ValueError(f"checkpoint: no state dict in {where}{hint}")
+    model.load_state_dict(_without_wrappers(state, model, where))
+
+
+def _why(error: Exception) -> str:
+    """What the unpickler met, without its advice."""
+    met = re.search(
+        r"WeightsUnpickler error:\s*(.*?)(?: was not an allowed| by default|$)", str(error), re.MULTILINE
+    )
+    said = met[1] if met else next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {said}"
+
+
+def _is_state_dict(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
+
+
+def _without_wrappers(state: Mapping[str, Any], model: torch.nn.Module, where: str) -> Mapping[str, Any]:
+    stripped: dict[str, Any] = (
+        copy.copy(state) if isinstance(state, dict) else dict(state)
+    )  # with its versions
+    removed = ""
+    while set(stripped) != set(model.state_dict()):
+        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in stripped)), None)
+        if prefix is None:
+            return state
+        removed += prefix
+        consume_prefix_in_state_dict_if_present(stripped, prefix)
+    if removed:
+        whose = ", ".join(name for prefix, name in _WRAPPERS.items() if prefix in removed)
+        print(f"note: took the prefix {removed!r} ({whose}) off all names in {where}", file=sys.stderr)
+    return stripped
 
 
 def _inputs(shapes: list[str] | None) -> tuple[torch.Tensor, ...] | None:

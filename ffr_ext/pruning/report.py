@@ -23,12 +23,14 @@ class ChannelSet:
     channels: int
     removed: int
     reasons: dict[str, int]  # why the others stay -> how many
+    merged: int = 0  # of the removed: constants that another channel carries on
 
     def __str__(self) -> str:
         shown = ", ".join(self.tensors[:3]) + (
             f" and {len(self.tensors) - 3} more" if len(self.tensors) > 3 else ""
         )
-        lines = [f"{shown}: {self.removed} of {self.channels} channels removed"]
+        merged = f", {self.merged} of them merged into a constant one that stays" if self.merged else ""
+        lines = [f"{shown}: {self.removed} of {self.channels} channels removed{merged}"]
         lines += [
             f"    {count} stay: {reason}"
             for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])
@@ -71,8 +73,14 @@ class CompactionReport:
         before = sum(s.channels for s in self.sets)
         return before, before - sum(s.removed for s in self.sets)
 
+    @property
+    def merged(self) -> int:
+        """How many of the removed channels were constants that one which stays carries on, see `explain`."""
+        return sum(s.merged for s in self.sets)
+
     def explain(self) -> str:
-        """For every set of channels: its tensors, how many left, and why the others stay."""
+        """For every set of channels: its tensors, how many left, how many of those as constants that another
+        channel carries on, and why the others stay."""
         parts = [str(s) for s in self.sets]
         parts += [f"{path}: dead as a whole, replaced by nn.{kind}" for path, kind in self.replaced.items()]
         parts += [
@@ -137,11 +145,32 @@ def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
     for labels in solver.analysis.filters_of_computed:
         with_filters.update(solver.family[solver.sets.channel_of[labels]].tolist())
     result = []
+    carried = solver.carried(removed)
     for family, axes in tensors.items():
         if family in with_filters:
             members = (solver.family == family).nonzero().flatten()
             reasons = Counter(solver.why_kept(int(c)) for c in members[~removed[members]].tolist())
             result.append(
-                ChannelSet(tuple(axes), members.numel(), int(removed[members].sum()), dict(reasons))
+                ChannelSet(
+                    tuple(axes),
+                    members.numel(),
+                    int(removed[members].sum()),
+                    dict(reasons),
+                    int(carried[members].sum()),
+                )
             )
     return result
+
+
+def experts_that_stay(solver: Solver) -> list[str]:
+    """One line for all mixtures of experts whose routing keeps their channels."""
+    graph = solver.analysis.graph
+    paths = {what.split(" in ")[-1] for what in solver.analysis.unknown}
+    mixtures = sorted(p for p in paths if "experts" in p.split(".") or f"{p}.experts" in graph.modules)
+    if not mixtures:
+        return []
+    more = f" and {len(mixtures) - 3} more" if len(mixtures) > 3 else ""
+    return [
+        f"{', '.join(mixtures[:3])}{more}: the experts stay as they are, because which tokens an expert gets depends "
+        "on values"
+    ]

@@ -29,6 +29,8 @@ from torch import Tensor, fx, nn
 
 from ..models import as_call, copy_without_hooks
 from .filters import BatchNorm, Layer, filter_dim
+from .graph.groups import ChannelGroups
+from .graph.states import on_cpu
 from .graph.trace import module_path, op_name, trace
 from .norms import filter_norms
 
@@ -56,6 +58,34 @@ def effective_scales(layers: list[Layer]) -> list[Tensor]:
     launch."""
     norms = filter_norms([layer.weight.detach() for layer in layers], 2, [layer.dim for layer in layers])
     return [_scale(layer, norm) for layer, norm in zip(layers, norms, strict=True)]
+
+
+@on_cpu
+def channel_scales(groups: ChannelGroups, layers: list[Layer]) -> tuple[Tensor, Tensor]:
+    """The squared effective scale of every channel group, (groups,) in float64, and whether a batch norm decides it.
+
+    Of a channel that several layers make, the sum of theirs; of one that a depthwise convolution passes on, no more
+    than is left behind that (both ours: the effective scale is that of a filter).
+    """
+    weights = {
+        name: layer for layer in layers for name in [f"{layer.name}.weight" if layer.name else "weight"]
+    }
+    scales = {layer.name: scale for layer, scale in zip(layers, effective_scales(layers), strict=True)}
+    made = torch.zeros(len(groups), dtype=torch.float64)
+    passed = torch.full_like(made, torch.inf)
+    behind_norm = torch.zeros(len(groups), dtype=torch.bool)
+    for axis in groups.axes:
+        layer = weights.get(axis.name)
+        if axis.role != "out" or layer is None:
+            continue
+        member = axis.groups >= 0
+        squares = scales[layer.name].double().square().cpu()[member]
+        if axis.makes_channels:
+            made.index_add_(0, axis.groups[member], squares)
+            behind_norm[axis.groups[member]] |= layer.norm is not None
+        else:
+            passed.scatter_reduce_(0, axis.groups[member], squares, "amin")
+    return torch.minimum(made, passed), behind_norm
 
 
 @dataclass(frozen=True)

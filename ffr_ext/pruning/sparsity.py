@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import as_call
+from ..models import as_call, check_dense_weights
 from .measure import count_parameters, flop_counter
 from .scale import effective_scales, find_layers, small_filters, without_repeats
 
@@ -118,7 +117,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     """Count the weights and filters of every convolution and linear layer that are zero.
 
     A filter counts as zero if its effective scale is at or below ``threshold``: behind a batch norm
-    |gamma| sqrt(var / (var + eps)), else its L2 norm; filters of zeros have scale 0. The filters of a weight that
+    ``|gamma| sqrt(var / (var + eps))``, else its L2 norm; filters of zeros have scale 0. The filters of a weight that
     layers share, and a gamma that they share, count where that holds in each of them. `zero_small_filters` with the
     same threshold zeroes exactly these.
 
@@ -133,6 +132,7 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_dense_weights(model, "sparsity")
     threshold = check_threshold(threshold)
     layers = find_layers(model, example_inputs)
     flops = None if example_inputs is None else _flops_by_module(model, example_inputs)
@@ -173,21 +173,15 @@ def sparsity(model: nn.Module, threshold: float = 0.0, *, example_inputs: Any = 
 
 
 def check_threshold(threshold: Any, hint: str = "") -> float:
-    """The threshold as a float: a number, of numpy's too, or a 0-dim tensor."""
-    value = threshold
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and value.dtype != torch.bool:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise TypeError(f"threshold: expected a number, got {type(value).__name__}{shape}{hint}")
+    """The threshold as a float: anything that is one number. True is none: it would zero most filters."""
     try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not number >= 0:
-        raise ValueError(f"threshold: expected at least 0, got {value}")
-    if number == math.inf:
-        raise ValueError(f"threshold: expected a finite number, got {value}")
+        if isinstance(threshold, bool | str):
+            raise TypeError
+        number = float(threshold.item() if isinstance(threshold, Tensor) else threshold)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}{hint}") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"threshold: expected a finite number of at least 0, got {threshold}")
     return number
 
 

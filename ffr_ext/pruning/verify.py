@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .._torch import map_tensors, tree_leaves, tree_map
-from ..models import OUT_OF_MEMORY, deep_copy, evaluating
+from .._torch import map_tensors, tree_map
+from ..models import OUT_OF_MEMORY, deep_copy, evaluating, output_tensors
 from .graph.trace import TracedGraph
 
 # Largest difference of the outputs, relative to the largest output, that is rounding and not a mistake. Sums
@@ -44,7 +45,9 @@ class Check:
         self.max_output = max((_largest(t) for r in self.references for t in r), default=0.0)
         dtypes = {p.dtype for p in source.parameters() if p.is_floating_point()} or {torch.float32}
         self.dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0))
-        self._double: tuple[nn.Module, list[list[Tensor]]] | None = None
+        self._double: list[list[Tensor]] | None = None  # the source's outputs in float64
+        self._not_in_double: str | None = None
+        self._rounding: dict[float, float] = {}  # errors that are large by rounding -> the same in float64
         self._in_training_too = False
 
     def require_training_mode(self) -> str | None:
@@ -73,9 +76,28 @@ class Check:
         if self.dtype == torch.float64:
             raise Mismatch(f"the outputs differ by {error:.3g}")
         exact = self._error_in_double(candidate)
+        if exact is None:
+            if error > allowed:
+                raise Mismatch(
+                    f"the outputs differ by {error:.3g} in {self.dtype}, and {type(self.source).__name__} does not run "
+                    f"in float64, which would tell rounding from a mistake: {self._not_in_double}"
+                )
+            return error
         if exact > allowed:
             raise Mismatch(f"the outputs differ by {exact:.3g} in float64, {error:.3g} in {self.dtype}")
+        if error > allowed:
+            self._rounding[error] = exact
         return error
+
+    def remark(self, error: float) -> str | None:
+        """What to say of an `error` that `require_equal` let pass although it is large."""
+        if error not in self._rounding:
+            return None
+        return (
+            f"in {str(self.dtype).removeprefix('torch.')} the outputs differ by {error:.3g}, in float64 by "
+            f"{self._rounding[error]:.3g}: the models compute the same, and rounding decides otherwise in places, as "
+            "where scores that are equal up to rounding change places in a topk, sort, argmax or comparison"
+        )
 
     def _run(self, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
         try:
@@ -85,22 +107,49 @@ class Check:
         except Exception as error:  # the model's own code decides what a wrong size raises
             raise Mismatch(f"{type(error).__name__}: {error}") from error
 
-    def _error_in_double(self, candidate: nn.Module) -> float:
-        """What is left without rounding: both models and the inputs in float64."""
+    def _error_in_double(self, candidate: nn.Module) -> float | None:
+        """What is left without rounding: both models and the inputs in float64. None where the source does not run so,
+        and `_not_in_double` says why."""
         calls = [tree_map(_to_double, call) for call in self.calls]
-        if self._double is None:
+        if self._double is None and self._not_in_double is None:
             source = deep_copy(self.source).double()
-            self._double = source, [self._run(source, c) for c in calls]
+            try:
+                with _AllInDouble():
+                    self._double = [self._run(source, c) for c in calls]
+            except Mismatch as failure:
+                self._not_in_double = str(failure)
+        if self._double is None:
+            return None
         compact = deep_copy(candidate).double()
-        return max(_difference(r, self._run(compact, c)) for c, r in zip(calls, self._double[1], strict=True))
+        with _AllInDouble():
+            return max(
+                _difference(r, self._run(compact, c)) for c, r in zip(calls, self._double, strict=True)
+            )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float)
+
+
+class _AllInDouble(TorchFunctionMode):
+    """Inside, the dtypes that a forward names (`x.to(torch.bfloat16)`, `x.float()`) are float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value in _FLOATS else value
+
+        if func in _CASTS:
+            func = Tensor.double
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     # Inputs are copied: a model may write to them.
     args, kwargs = map_tensors(Tensor.clone, (args, kwargs))
     with evaluating(model):
-        leaves = tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return output_tensors(model(*args, **kwargs))
 
 
 def _source_outputs(

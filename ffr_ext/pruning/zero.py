@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..models import as_call, deep_copy
+from ..models import as_call, check_dense_weights, deep_copy
 from .compaction import compact
 from .filters import Layer
 from .scale import SmallFilters, effective_scales, find_layers, small_filters, without_repeats
@@ -72,7 +72,7 @@ def zero_small_filters(
 ) -> list[ZeroedFilters] | list[CurvePoint]:
     """Set every filter whose effective scale is at or below ``threshold`` to exact zeros, in place.
 
-    The effective scale is |gamma| sqrt(var / (var + eps)) behind a batch norm, else the filter's L2 norm; see
+    The effective scale is ``|gamma| sqrt(var / (var + eps))`` behind a batch norm, else the filter's L2 norm; see
     `sparsity`. The filter and gamma become 0. What is left of the channel is the constant beta (the bias,
     without a norm), in training and in eval mode, which `compact` takes out where it can be absorbed. A filter of a
     weight that layers share becomes 0 where it is small in each of them; a gamma of one layer, by itself.
@@ -90,14 +90,13 @@ def zero_small_filters(
         was zeroed.
 
     Raises:
-        TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers), ``dry_run`` no bool.
+        TypeError: ``threshold`` is no number (in a dry run: nor a sequence of numbers).
         ValueError: ``threshold`` is negative or not finite; the weight of a filter to zero is computed (weight_norm,
             a pruning mask) and no parameter. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(dry_run, bool):
-        raise TypeError(f"dry_run: expected True or False, got {dry_run!r}")
+    check_dense_weights(model, "zero_small_filters")
     several = (
         isinstance(threshold, Iterable) and getattr(threshold, "ndim", None) != 0
     )  # a 0-dim tensor is a number

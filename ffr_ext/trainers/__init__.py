@@ -2,8 +2,9 @@
 
 * PyTorch Lightning: :class:`FFRCallback`, no change in the user's module (``pip install ffr-ext[lightning]``)
 * Hugging Face: :class:`FFRTrainer` and :class:`FFRTrainerMixin` (``pip install ffr-ext[hf]``)
-* accelerate, DistributedDataParallel, FSDP2, plain loops: :class:`ffr_ext.FeatureFlow` itself, see
-``examples/``
+* accelerate, DistributedDataParallel, FSDP2, plain loops: :class:`ffr_ext.FeatureFlow` itself, see ``examples/``
+
+Both take other regularizers too, or several (``regularizers=``, ``ffr_regularizers=``).
 
 Lightning and transformers are imported when one of these names is first used.
 """

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
 from ffr_ext import FeatureFlow, ffr_loss
-from ffr_ext.flow import taps
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +108,33 @@ def test_calls_in_a_pass_by_hand(where: str, fullgraph: bool) -> None:
     assert graphs == [graphs[0], *[graphs[0] + once_more] * 3]
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_streams_stay_apart(fullgraph: bool) -> None:
+    model = nn.Transformer(8, 2, 2, 2, 16, batch_first=True, dropout=0.0)
+    inputs = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with FeatureFlow(model) as flow:
+        truth = gradients(model, model(*inputs).square().mean() + flow.loss())
+        terms = flow.terms()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        for _ in range(2):
+            loss = compiled(*inputs).square().mean() + flow.loss()
+            torch.testing.assert_close(flow.terms().gradient, terms.gradient)
+            assert_gradients_close(gradients(model, loss), truth, 1e-5)
+
+
+def test_a_loss_gets_the_penalty_of_the_compiled_calls_it_depends_on() -> None:
+    model, (x, y) = Tower(), torch.randn(2, 5, 8)
+    truth = penalty(model, x).detach()
+    with FeatureFlow(model) as flow:
+        compiled = torch.compile(model, backend="aot_eager")
+        flow.begin_pass()
+        output, _ = compiled(x), compiled(y)
+        loss = flow.loss_for(output.square().mean())
+        assert loss is not None
+        torch.testing.assert_close(loss.detach(), truth)
+        flow.after_backward()
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_feature_overwritten_inside_the_compiled_graph_is_an_error(compiler: str) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -134,9 +160,8 @@ def test_the_layer_that_overwrites_can_be_captured_from_a_compiled_graph(compile
 
 
 @pytest.mark.slow
-def test_compiled_autograd(fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_autograd(fused: str) -> None:
     """The forward is eager and has taps; the backward pass is compiled and adds in its own way."""
-    monkeypatch.setattr(taps, "MIN_BYTES", 0)
     model, x = Tower(3, width=4), torch.randn(5, 4)
     features = []
     for layer in model.layers:

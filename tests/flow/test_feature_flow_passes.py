@@ -210,16 +210,22 @@ def test_what_no_call_contains_is_one_path_beside_the_calls() -> None:
         torch.testing.assert_close(flow.loss(), penalty(model, first, second))
 
 
-def test_several_rounds_outside_any_call_warn_that_they_make_one_path() -> None:
-    model, (first, second) = Tower(), views()
+@pytest.mark.parametrize("depend", [True, False])
+def test_several_rounds_outside_any_call_warn_and_are_one_path_where_they_depend_on_each_other(
+    depend: bool,
+) -> None:
+    model, x = Tower(), views()[0]
     with make_flow(model) as flow:
         with one_pass(flow):
-            outputs(model.layers, first)
+            outputs(model.layers, x)
         flow.begin_pass()
-        features = outputs(model.layers, first) + outputs(model.layers, second)
+        first = outputs(model.layers, x)
+        second = outputs(model.layers, first[-1] if depend else x + 1)
         with pytest.warns(UserWarning, match="all 4 layers were called 2 times in one pass"):
             flow.end_pass()
-        torch.testing.assert_close(flow.loss(), ffr_loss(features, backend="reference"))
+        rounds = [first + second] if depend else [first, second]
+        truth = sum(ffr_loss(features, backend="reference") for features in rounds)
+        torch.testing.assert_close(flow.loss(), truth)
 
 
 def test_layers_without_autograd_outside_any_call_are_an_error() -> None:
@@ -241,7 +247,7 @@ def test_the_hooks_that_tell_calls_apart_come_with_the_first_pass_by_hand_and_go
     for _ in range(2):
         with one_pass(flow):
             model(views()[0])
-        assert hooks(model) == ordinary + 2 * 2  # of the model and of its stack of layers
+        assert hooks(model) == ordinary + 2  # of its stack of layers
     flow.begin_pass()
     model(views()[0])
     flow.detach()
@@ -251,7 +257,7 @@ def test_the_hooks_that_tell_calls_apart_come_with_the_first_pass_by_hand_and_go
     assert hooks(model) == ordinary
     with one_pass(flow):
         model(views()[0])
-    assert hooks(model) == ordinary + 2 * 2
+    assert hooks(model) == ordinary + 2
     del flow
     gc.collect()
     assert hooks(model) == 0

@@ -30,6 +30,17 @@ def factors(steps: int, **options: Any) -> list[float]:
         pytest.param({"ramp": 4, "shape": "cosine"}, [0.146447, 0.5, 0.853553, 1, 1], id="cosine ramp"),
         pytest.param({"wait": 1, "ramp": 2, "stop": 4}, [0, 0.5, 1, 1, 0, 0], id="wait, ramp, hold, stop"),
         pytest.param({"stop": 0}, [0, 0], id="never on"),
+        pytest.param({"fall_from": 1, "stop": 5}, [1, 1, 0.75, 0.5, 0.25, 0, 0], id="linear fall"),
+        pytest.param(
+            {"ramp": 2, "fall_from": 3, "stop": 5, "shape": "cosine"},
+            [0.5, 1, 1, 1, 0.5, 0],
+            id="cosine fall",
+        ),
+        pytest.param(
+            {"ramp": 3, "fall_from": 3, "stop": 6, "shape": "exponential"},
+            [0.01, 0.1, 1, 1, 0.1, 0.01, 0],
+            id="exponential ramp and fall",
+        ),
     ],
 )
 def test_factors(options: dict[str, Any], values: list[float]) -> None:
@@ -43,6 +54,9 @@ def test_factors(options: dict[str, Any], values: list[float]) -> None:
         ({"ramp": -2}, "ramp"),
         ({"wait": 3, "ramp": 3, "stop": 5}, "stop: expected at least wait \\+ ramp = 6"),
         ({"shape": "square"}, "shape"),
+        ({"fall_from": 3}, "fall_from: expected a stop= to fall to"),
+        ({"ramp": 4, "fall_from": 3, "stop": 9}, "fall_from: expected at least wait \\+ ramp = 4"),
+        ({"fall_from": 9, "stop": 9}, "fall_from: .* fewer than stop = 9, got 9"),
     ],
 )
 def test_wrong_settings(options: dict[str, Any], message: str) -> None:
@@ -51,16 +65,18 @@ def test_wrong_settings(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "half"),
-    [(3.0, 1.5), ([1.0, 2.0], [0.5, 1.0]), (torch.tensor([1.0, 4.0]), torch.tensor([0.5, 2.0]))],
-    ids=["float", "list", "tensor"],
+    "weight", [3.0, [1.0, 2.0], torch.tensor([1.0, 4.0])], ids=["float", "list", "tensor"]
 )
-def test_all_forms_of_weights_are_scaled(weight: Any, half: Any) -> None:
-    flow = FeatureFlow(ResidualNet(2), gradient=weight, curvature=0.0)
-    schedule = WeightSchedule(flow, ramp=2)
-    torch.testing.assert_close(torch.as_tensor(flow.gradient), torch.as_tensor(half))
-    schedule.step()
-    torch.testing.assert_close(torch.as_tensor(flow.gradient), torch.as_tensor(weight))
+def test_all_forms_of_weights_are_scaled_and_stay_what_the_user_set(weight: Any) -> None:
+    model = ResidualNet(2)
+    full = expected(model, images(), backend="reference", gradient=weight, curvature=0.0)[0]
+    with FeatureFlow(model, gradient=weight, curvature=0.0, backend="reference") as flow:
+        schedule = WeightSchedule(flow, ramp=2)
+        for part in (0.5, 1.0):
+            model(images())
+            assert float(flow.loss()) == pytest.approx(part * float(full), rel=1e-5)
+            assert flow.gradient is weight
+            schedule.step()
 
 
 def test_the_loss_follows_and_a_weight_of_zero_captures_nothing() -> None:
@@ -89,7 +105,8 @@ def test_a_resumed_schedule_continues() -> None:
     resumed = WeightSchedule(flow, wait=1, ramp=4)
     resumed.load_state_dict(schedule.state_dict())
     assert resumed.factor == schedule.factor == 0.75
-    assert flow.gradient == 3.0
+    assert flow.scale == 0.75
+    assert flow.gradient == 4.0
 
 
 # --- describe -------------------------------------------------------------------------------------

@@ -52,8 +52,10 @@ def test_only_a_stop_can_be_left_out_with_none(name: str) -> None:
         schedule(**{name: None})
 
 
-def test_a_schedule_is_of_a_feature_flow() -> None:
-    with pytest.raises(TypeError, match="flow: expected a FeatureFlow, got ResidualNet"):
+def test_a_schedule_is_of_a_regularizer() -> None:
+    with pytest.raises(
+        TypeError, match="target: expected a regularizer such as FeatureFlow, got ResidualNet"
+    ):
         WeightSchedule(ResidualNet(2))
 
 
@@ -77,4 +79,4 @@ def test_a_wrong_step_changes_nothing(change: Any, error: type[Exception], messa
     with pytest.raises(error, match=message):
         change(half_way)
     assert half_way.steps == 1
-    assert half_way.flow.gradient == half_way.flow.curvature == 0.5
+    assert half_way.flow.scale == 0.5

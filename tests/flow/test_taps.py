@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ffr_ext import FeatureFlow, ffr_loss, reference
 from ffr_ext.flow import taps
 
-pytestmark = pytest.mark.usefixtures("fused", "both_additions")
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 # --- the numbers ----------------------------------------------------------------------------------

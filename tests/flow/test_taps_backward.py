@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from taps_models import Chain, by_hand, flow_of
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss
-from ffr_ext.flow import pending, taps
 
-pytestmark = pytest.mark.usefixtures("fused", "both_additions")
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 # --- every kind of backward pass ------------------------------------------------------------------
@@ -160,51 +158,7 @@ def test_a_feature_overwritten_between_loss_and_backward(norm: str, raises: bool
         assert_gradients_close(gradients(model, task + penalty), truth, 1e-13)
 
 
-# --- gradients added in place ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def writes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each gradient that a kernel wrote: whether it was added to what was there."""
-    seen: list[bool] = []
-    write = taps._Live.write
-
-    def spy(self: Any, place: int, grad: Tensor, accumulate: bool) -> None:
-        seen.append(accumulate)
-        write(self, place, grad, accumulate)
-
-    monkeypatch.setattr(taps._Live, "write", spy)
-    return seen
-
-
-def attention() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-
-
-@pytest.mark.parametrize(
-    ("build", "shape"),
-    [
-        pytest.param(Chain, (2, 3, 5), id="chain"),
-        pytest.param(ResidualNet, (2, 3, 8, 8), id="residual"),
-        pytest.param(attention, (2, 5, 8), id="transformer"),
-    ],
-)
-def test_gradients_are_added_in_place_where_autograd_would(
-    build: Callable[[], Any], shape: tuple[int, ...], writes: list[bool]
-) -> None:
-    """All but the last feature's: with the penalty alone nothing else would arrive there."""
-    model = build()
-    x = torch.randn(*shape).to(next(model.parameters()).dtype)
-    with FeatureFlow(model, getattr(model, "layers", "auto"), backend="cpu") as flow:
-        (model(x).square().sum() + flow.loss()).backward()
-    assert len(writes) > 3
-    assert writes == [False] + [taps.MIN_BYTES == 0] * (len(writes) - 1)
-
-
-def test_this_torch_tells_held_gradients_from_free_ones() -> None:
-    """Where it does not, gradients are right all the same, and no longer added in place."""
-    assert pending.counts_when_owned(torch.device("cpu")) is not None
+# --- who looks at gradients ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,25 +233,6 @@ def test_the_only_gradient_of_a_feature_is_an_ordinary_tensor(norm: str) -> None
         model(x)
         assert_gradients_close(gradients(model, flow.loss()), truth, 1e-13)
     assert all(type(p.grad) in (Tensor, nn.Parameter) for p in model.parameters())
-
-
-def test_a_pending_gradient_that_gets_out_behaves_like_a_tensor() -> None:
-    """autograd.grad for a feature that no other gradient reaches returns it before any hook."""
-    model, x = Branches(), torch.randn(4, 6, dtype=torch.float64)
-    outputs: list[Tensor] = []
-    model.layers[1].register_forward_hook(lambda _m, _a, output: outputs.append(output))
-    features = model.features(x)
-    truth = torch.autograd.grad(ffr_loss(features, backend="cpu"), features[1])[0]
-    outputs.clear()
-    with flow_of(model) as flow:
-        model(x)
-        grad, _ = torch.autograd.grad(flow.loss(), [outputs[0], model.weights[1]])
-    assert torch.equal(grad, truth)
-    assert grad.tolist() == truth.tolist()
-    assert (grad.numpy() == truth.numpy()).all()
-    assert repr(grad)
-    assert torch.equal(grad * 2, truth * 2)
-    torch.testing.assert_close(grad + grad, truth + truth)
 
 
 def test_anomaly_mode() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss
 
-pytestmark = pytest.mark.usefixtures("fused", "both_additions")
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 # --- when things happen ---------------------------------------------------------------------------

@@ -65,7 +65,7 @@ WEIGHTS: list[Any] = [
     pytest.param({"gradient": None}, TypeError, "gradient.*None", id="none"),
     pytest.param({"gradient": [True]}, TypeError, r"gradient\[0\].*True", id="bool in a list"),
     pytest.param({"gradient": ["1"]}, TypeError, r"gradient\[0\].*'1'", id="string in a list"),
-    pytest.param({"gradient": [[1.0]]}, TypeError, r"gradient\[0\].*list", id="list in a list"),
+    pytest.param({"gradient": [[1.0]]}, TypeError, r"gradient\[0\].*\[1.0\]", id="list in a list"),
     pytest.param({"gradient": b"a"}, TypeError, "gradient.*sequence.*b'a'", id="bytes"),
     pytest.param({"gradient": bytearray(b"a")}, TypeError, "gradient.*sequence.*bytearray", id="bytearray"),
     pytest.param({"gradient": [b"1"]}, TypeError, r"gradient\[0\].*b'1'", id="bytes in a list"),
@@ -80,17 +80,7 @@ WEIGHTS: list[Any] = [
     pytest.param({"gradient": torch.tensor(True)}, TypeError, "gradient.*torch.bool", id="bool tensor"),
     pytest.param({"gradient": torch.ones(1) * 1j}, TypeError, "gradient.*complex64", id="complex tensor"),
     pytest.param({"gradient": float("nan")}, ValueError, "gradient.*finite.*nan", id="nan"),
-    pytest.param({"gradient": 10**400}, ValueError, "gradient.*finite.*too large", id="too large"),
     pytest.param({"gradient": np.float32("inf")}, ValueError, "gradient.*finite.*inf", id="numpy's inf"),
-    pytest.param(
-        {"gradient": torch.tensor(float("nan"))}, ValueError, "gradient: .*finite.*nan", id="tensor of nan"
-    ),
-    pytest.param(
-        {"gradient": torch.nn.Parameter(torch.tensor([float("-inf")]), requires_grad=False)},
-        ValueError,
-        r"gradient\[0\]: .*finite.*-inf",
-        id="tensor of -inf",
-    ),
     pytest.param(
         {"curvature": [], "gradient": [float("inf")]}, ValueError, r"gradient\[0\].*finite.*inf", id="inf"
     ),
@@ -137,51 +127,6 @@ def test_features_without_values_take_any_weights() -> None:
 def test_message_of_layers(layers: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
         FeatureFlow(torch.nn.Sequential(torch.nn.ReLU()), layers)
-
-
-def test_feature_flow_refuses_the_tensor_before_anything_is_captured() -> None:
-    with pytest.raises(ValueError, match=r"curvature\[1\]: expected a finite number, got nan"):
-        FeatureFlow(torch.nn.Sequential(torch.nn.ReLU()), curvature=torch.tensor([1.0, float("nan")]))
-
-
-def _under_compile(weight: torch.Tensor) -> torch.Tensor:
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(w: torch.Tensor) -> torch.Tensor:
-        return ffr_loss([X, X + 1], gradient=w)
-
-    return step(weight)
-
-
-def _under_make_fx(weight: torch.Tensor) -> torch.Tensor:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    loss: torch.Tensor = make_fx(lambda w: ffr_loss([X, X + 1], gradient=w))(weight)(weight)
-    return loss
-
-
-def _under_fake_tensors(weight: torch.Tensor) -> torch.Tensor:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        x = torch.zeros(2, 3)
-        ffr_loss([x, x + 1], gradient=mode.from_tensor(weight), backend="reference")
-    return weight
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        pytest.param(lambda w: ffr_loss([X, X + 1], gradient=w.requires_grad_()), id="requires grad"),
-        pytest.param(
-            lambda w: torch.func.grad(lambda v: ffr_loss([X, X + 1], gradient=v))(w) * w, id="torch.func"
-        ),
-        pytest.param(_under_compile, id="torch.compile"),
-        pytest.param(_under_make_fx, id="make_fx"),
-        pytest.param(_under_fake_tensors, id="fake tensors"),
-    ],
-)
-def test_a_tensor_weight_that_is_differentiated_or_traced_is_not_looked_at(use: Any) -> None:
-    assert use(torch.tensor(float("nan"))).isnan()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from kernel_oracle import (
     F64,
     StageSpec,
     check_flow,
+    check_sums_of,
     flow_cases,
     make_problem,
     plane_bytes,
@@ -136,6 +137,12 @@ def check_large_gradients(squared: bool) -> None:
 @pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
 def test_large_gradients_are_those_of_one_feature_at_a_time(squared: bool) -> None:
     check_large_gradients(squared)
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_sums_of_special_values(special: float, dtype: torch.dtype) -> None:
+    check_sums_of(special, kernels, dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------

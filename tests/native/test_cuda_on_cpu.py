@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_cuda import EmulatedKernels, build, compiler
-from kernel_oracle import ALL_DTYPES, BF16, F32, F64, StageSpec, check_flow, flow_cases, make_problem
+from kernel_oracle import (
+    ALL_DTYPES,
+    BF16,
+    F32,
+    F64,
+    StageSpec,
+    check_flow,
+    check_sums_of,
+    flow_cases,
+    make_problem,
+)
 from torch import Tensor
 
 CASES = list(flow_cases(F32))
@@ -106,6 +116,12 @@ def test_signs_of_special_values(special: float, dtype: torch.dtype, kernels: Em
     kernels.flow_forward(stage, [5], [1], False, stats, signs)
     for got, expected in zip(unpack_nibbles(signs, 5, 100), expected_nibbles(stage), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_sums_of_special_values(special: float, dtype: torch.dtype, kernels: EmulatedKernels) -> None:
+    check_sums_of(special, kernels, dtype)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])

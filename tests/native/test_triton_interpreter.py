@@ -29,7 +29,17 @@ if not INTERPRETED:
 
 else:
     import triton
-    from kernel_oracle import ALL_DTYPES, BF16, F32, F64, StageSpec, check_flow, flow_cases, make_problem
+    from kernel_oracle import (
+        ALL_DTYPES,
+        BF16,
+        F32,
+        F64,
+        StageSpec,
+        check_flow,
+        check_sums_of,
+        flow_cases,
+        make_problem,
+    )
     from torch import Tensor
 
     from ffr_ext.kernels import filters, flow
@@ -74,6 +84,12 @@ else:
         flow.flow_forward(stage, [5], [1], False, torch.empty(7, dtype=F64), signs)
         for got, expected in zip(unpack_nibbles(signs, 5, 100), expected_nibbles(stage), strict=True):
             assert torch.equal(got, expected)
+
+    @pytest.mark.parametrize("special", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    def test_sums_of_special_values(special: float, dtype: torch.dtype) -> None:
+        check_sums_of(special, flow, dtype)
 
     def test_misaligned_signs_are_refused() -> None:
         stage = [torch.zeros(8), torch.ones(8)]

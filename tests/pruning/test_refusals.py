@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from pruning_models import X, dead
 from torch import Tensor, nn
 
-from ffr_ext import compact
+from ffr_ext import compact, sparsity, zero_small_filters
 
 
 @pytest.mark.parametrize(
@@ -19,12 +20,6 @@ from ffr_ext import compact
 def test_an_example_that_checks_nothing_is_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"example_inputs: Residual gives no finite number"):
         compact(dead(), x)
-
-
-@pytest.mark.parametrize("flag", ["strict", "inplace", "measure"])
-def test_a_flag_that_is_none_is_refused(flag: str) -> None:
-    with pytest.raises(TypeError, match=f"{flag}: expected True or False, got 'no'"):
-        compact(dead(), torch.randn(1, 3, 8, 8), **{flag: "no"})
 
 
 @pytest.mark.parametrize(
@@ -127,3 +122,85 @@ class DataDependent(nn.Module):
 def test_refusals(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+class Packed(Tensor):
+    """A weight whose numbers are elsewhere, as quantised and sharded ones are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:  # as nn.Parameter asks
+            return Tensor._make_wrapper_subclass(Packed, (4, 4), dtype=torch.float32)
+        raise NotImplementedError(f"no {func} on packed numbers")
+
+
+def packed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    del model[0].weight
+    weight = Tensor._make_wrapper_subclass(Packed, (4, 4), dtype=torch.float32)
+    model[0].register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def integer_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def sparse_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4).to_sparse_csr())
+    return model
+
+
+def dynamically_quantised() -> nn.Module:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    return cast(nn.Module, quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))
+
+
+def fake_quantised() -> nn.Module:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).train()
+    model.qconfig = quantization.get_default_qat_qconfig()
+    return cast(nn.Module, quantization.prepare_qat(model))
+
+
+FIRST = "compact before you quantise, shard or otherwise wrap the weights"
+NOT_DENSE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a subclass": (packed, rf"0\.weight is a \S*Packed, whose numbers are not in a dense tensor: {FIRST}"),
+    "integers": (integer_weight, rf"0 is quantised \(torch\.nn\S*Linear\): {FIRST}"),
+    "sparse": (sparse_weight, r"0\.weight has layout torch\.sparse_csr: .*to_dense"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(4)),
+        r"0\.weight is not initialised yet: run the model once",
+    ),
+    "quantised": (dynamically_quantised, rf"0 is quantised \(\S*quantized\S*Linear\): {FIRST}"),
+}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m: compact(m, torch.randn(2, 4)),
+        sparsity,
+        lambda m: zero_small_filters(m, 0.1),
+        lambda m: zero_small_filters(m, 0.1, dry_run=True),
+    ],
+    ids=["compact", "sparsity", "zero_small_filters", "dry run"],
+)
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_not_dense_are_refused_with_the_reason(kind: str, function: Any) -> None:
+    make, reason = NOT_DENSE[kind]
+    with pytest.raises(ValueError, match=reason):
+        function(make())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fake_quantised_modules_are_counted_but_not_cut() -> None:
+    """Their weights are dense; but their observers move with every run, so no two runs compare."""
+    model = fake_quantised()
+    assert len(sparsity(model)) == 2
+    with pytest.raises(ValueError, match=f"is fake-quantised .*{FIRST}.*before prepare_qat"):
+        compact(model, torch.randn(2, 4))

@@ -259,3 +259,19 @@ def flow_cases(dtype: torch.dtype) -> dict[str, list[StageSpec]]:
         "an empty stage among others": [S(3, 0), S(3, 17)],
         "longer than one piece of the Triton kernels": [S(70, 24)],
     }
+
+
+def check_sums_of(special: float, kernels: FlowKernels, dtype: torch.dtype, device: str = "cpu") -> None:
+    """A value that is not finite gets into the sums of its group, of squares and absolute values, and no others."""
+    spec = StageSpec(length=5, numel=3 * 130, groups=3, dtype=dtype)
+    for squared, place in itertools.product((False, True), (0, 2, 4)):
+        features = make_problem([spec], squared, device).features[0]
+        features[place][130 + 77] = special
+        stats = torch.zeros(7 * 3, dtype=torch.float64, device=device)
+        kernels.flow_forward(
+            features, [5], [3], squared, stats, torch.empty(0, dtype=torch.uint8, device=device)
+        )
+        expected = expected_stats(features, spec, squared)
+        assert torch.equal(stats.isnan(), expected.isnan())
+        assert torch.equal(stats.isinf(), expected.isinf())
+        assert not stats.isfinite().all()

@@ -43,9 +43,8 @@ class Block(nn.Module):
         return self.relu(out)
 
 
-def dead(model: Residual | None = None, filters: int = 5) -> Residual:
-    """Dead hidden filters of both blocks, with gamma and beta 0 or below."""
-    model = Residual() if model is None else model
+def settled(model: nn.Module) -> nn.Module:
+    """Norms with statistics and scales of their own, as after training; in eval mode."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -53,6 +52,13 @@ def dead(model: Residual | None = None, filters: int = 5) -> Residual:
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+def dead(model: Residual | None = None, filters: int = 5) -> Residual:
+    """Dead hidden filters of both blocks, with gamma and beta 0 or below."""
+    model = settled(Residual() if model is None else model)
+    with torch.no_grad():
         for block in model.blocks:
             block.conv1.weight[:filters] = 0
             block.bn1.weight[:filters] = 0

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ddp_worker import OPTIONS, STEPS
 from flow_models import Tower
+from processes import run_two
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo"
@@ -54,12 +50,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """All modes in one launch, which takes longer than the training; where the results lie, and what went
     wrong."""
     folder = tmp_path_factory.mktemp("gradients")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SUPPORT / "ddp_worker.py"), str(folder), *MODES]
-    path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    return folder, done.stderr[-4000:]
+    return folder, run_two("ddp_worker.py", str(folder), *MODES, timeout=180)
 
 
 @pytest.mark.parametrize("mode", MODES)

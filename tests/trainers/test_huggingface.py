@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Tower, trained
+from flow_models import Tower, outputs, trained
+from regularizers import Ridge
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 transformers = pytest.importorskip("transformers", reason="needs ffr-ext[hf]")
 pytest.importorskip("accelerate", reason="needs ffr-ext[hf]")
 
-from ffr_ext import FeatureFlow  # noqa: E402
-from ffr_ext.trainers import FFRTrainer  # noqa: E402
+from ffr_ext import FeatureFlow, ffr_loss  # noqa: E402
+from ffr_ext.trainers import FFRTrainer, FFRTrainerMixin  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"gradient": 2.0, "curvature": 1.0, "backend": "reference"}
 
@@ -249,3 +250,142 @@ def test_gradient_checkpointing_gives_the_same_steps_or_an_error_with_the_advice
         return
     for (name, a), b in zip(model.state_dict().items(), plain.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- losses that people write ---------------------------------------------------------------------
+
+
+class TwoCalls(transformers.Trainer):
+    """Two views in one step, as R-Drop, SimCSE and reward models have, beside a reference without autograd."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        assert not return_outputs, "the loss alone, as some trainers have it"
+        with torch.no_grad():
+            model(**inputs)
+        first, second = model(**inputs), model(**self.second(inputs))
+        return first["loss"] + second["loss"]
+
+    @staticmethod
+    def second(inputs: Any) -> Any:
+        return {**inputs, "x": inputs["x"].flip(1)}
+
+
+class FFRTwoCalls(FFRTrainerMixin, TwoCalls):
+    pass
+
+
+def fit(trainer_class: Any, model: nn.Module, folder: Path, micro_batches: int = 1, **options: Any) -> Any:
+    settings = {"logging_steps": 1, "max_grad_norm": 0, "num_train_epochs": 3, **options.pop("settings", {})}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=16 // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=Samples(), optimizers=(optimizer, None), **options
+    )
+    trainer.train()
+    return trainer
+
+
+def test_several_calls_in_one_loss_are_all_penalised_also_where_the_trainer_returns_the_loss_alone(
+    tmp_path: Path,
+) -> None:
+    model = PerBatchLoss()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    batch = dict(zip(("x", "labels"), Tower.data(), strict=True))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for inputs in (batch, TwoCalls.second(batch)):
+            features = outputs(twin.net.layers, inputs["x"])
+            logits = twin.net.head(features[-1])
+            loss = (
+                loss + nn.functional.cross_entropy(logits, inputs["labels"]) + ffr_loss(features, **OPTIONS)
+            )
+        loss.backward()
+        optimizer.step()
+    fit(FFRTwoCalls, model, tmp_path, ffr_options=OPTIONS)
+    assert_same_weights(model, twin.net.state_dict())
+
+
+def test_a_schedule_that_stops_lets_the_training_go_on(tmp_path: Path) -> None:
+    model = PerBatchLoss()
+    truth = copy.deepcopy(model.net)
+    truth.load_state_dict(trained(truth, 2, **OPTIONS))
+    trained(truth, 2, gradient=0.0, curvature=0.0, backend="reference")
+    trainer = fit(
+        FFRTrainer,
+        model,
+        tmp_path,
+        ffr_options=OPTIONS,
+        ffr_schedule={"stop": 2},
+        settings={"num_train_epochs": 4},
+    )
+    assert_same_weights(model, truth.state_dict())
+    logged = [entry for entry in trainer.state.log_history if "ffr_factor" in entry]
+    assert [entry["ffr_factor"] for entry in logged] == [1, 1, 0, 0]
+    assert ["ffr_penalty" in entry for entry in logged] == [True, True, False, False]
+
+
+# --- other regularizers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("clip", [0, 0.1], ids=["not clipped", "clipped"])
+def test_a_penalty_of_weights_is_added_once_per_step_before_clipping(
+    tmp_path: Path, clip: float, micro_batches: int
+) -> None:
+    model = PerBatchLoss()
+    twin = copy.deepcopy(model)
+    optimizer, ridge = torch.optim.SGD(twin.parameters(), lr=0.1), Ridge(twin.net, threshold=0.05)
+    x, y = Tower.data()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(twin.net(x), y) + ridge.loss()).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(twin.parameters(), clip)
+        optimizer.step()
+        ridge.step()
+    trainer = fit(
+        FFRTrainer,
+        model,
+        tmp_path,
+        micro_batches,
+        ffr_regularizers=lambda model: Ridge(model.net, threshold=0.05),
+        settings={"max_grad_norm": clip},
+    )
+    assert (trainer.regularizers[0].added, trainer.regularizers[0].stepped) == (3, 3)
+    assert_same_weights(model, twin.net.state_dict())
+    assert "ffr_Ridge_head.weight" in trainer.state.log_history[0]
+
+
+def test_a_flow_and_a_penalty_of_weights_go_together(tmp_path: Path) -> None:
+    model = PerBatchLoss()
+    twin = copy.deepcopy(model)
+    optimizer, ridge = torch.optim.SGD(twin.parameters(), lr=0.1), Ridge(twin.net)
+    x, y = Tower.data()
+    with FeatureFlow(twin.net, **OPTIONS) as flow:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (nn.functional.cross_entropy(twin.net(x), y) + flow.loss() + ridge.loss()).backward()
+            optimizer.step()
+    both = [lambda model: FeatureFlow(model, **OPTIONS), lambda model: Ridge(model.net)]
+    trainer = fit(FFRTrainer, model, tmp_path, ffr_regularizers=both)
+    assert_same_weights(model, twin.net.state_dict())
+    assert {"ffr_penalty", "ffr_length_0", "ffr_Ridge_head.weight"} <= set(trainer.state.log_history[0])
+
+
+def test_wrong_regularizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ffr_regularizers: expected them alone"):
+        fit(FFRTrainer, PerBatchLoss(), tmp_path, ffr_regularizers=Ridge, ffr_options=OPTIONS)
+    with pytest.raises(ValueError, match="ffr_regularizers: Ridge is of another model"):
+        fit(FFRTrainer, PerBatchLoss(), tmp_path, ffr_regularizers=Ridge(Tower()))

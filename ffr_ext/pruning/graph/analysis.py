@@ -37,6 +37,9 @@ class Flow:
     labels: tuple[Labels, ...]
     state: State
     name: str | None = None  # of the parameter or buffer this is
+    # Where space is padded with zeros, or averaged with such padding: the state without it. Constants that differ there
+    # are still one pattern in space, times their value.
+    inner: State | None = None
 
     @property
     def rank(self) -> int:
@@ -52,7 +55,7 @@ class Read:
     """
 
     node: Node
-    dim: int  # of the node's result: the outputs
+    dim: int | None  # of the node's result: the outputs. None where they are not seen in it
     start: int  # the first of them, for a group of a convolution
     inputs: Tensor  # labels
     outputs: Tensor  # labels
@@ -65,6 +68,7 @@ class Read:
         None  # [outputs, inputs]: what an input of constant 1 adds to the outputs
     )
     bias: BiasTarget | None = None
+    weight: WeightTarget | None = None
     silenced: Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.bool)
     )  # see Analysis._silenced
@@ -83,6 +87,15 @@ class BiasTarget:
     exists: bool
     offset: int = 0
     size: int = 0
+
+
+@dataclass(frozen=True)
+class WeightTarget:
+    """The parameter whose slices along `dim` belong to the inputs of a read; of a group, those of its outputs."""
+
+    name: str
+    dim: int
+    rows: range | None = None  # the outputs of a group
 
 
 @dataclass
@@ -118,6 +131,8 @@ class Analysis:
         self.sized: list[
             tuple[str, str, Tensor]
         ] = []  # (module, attribute, labels it counts) with no tensor to tell
+        # (module, labels of what its forward divides channels into): of all heads, or of the parts of a split
+        self.divided: list[tuple[str, list[Tensor]]] = []
         self.out_axes: dict[str, int] = {}  # weight -> the dimension of its filters
         self.filters_of_computed: list[Tensor] = []  # labels of the filters of weights that are no parameters
         self._roots: dict[Node, Node] = {}
@@ -132,9 +147,10 @@ class Analysis:
         for node in graph.nodes:
             self._visit(node)
         for read in self.reads:
-            read.silenced = self._silenced(read.node, read.dim)[
-                read.start : read.start + read.outputs.numel()
-            ]
+            read.silenced = torch.zeros_like(read.outputs, dtype=torch.bool)
+            if read.dim is not None:
+                own = slice(read.start, read.start + read.outputs.numel())
+                read.silenced = self._silenced(read.node, read.dim)[own]
 
     # ---------------------------------------------------------------------------------------------------
     # For the rules

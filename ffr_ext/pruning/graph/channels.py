@@ -22,6 +22,10 @@ class ChannelSets:
         self._claims: list[Tensor] = []
         self._pins: list[tuple[Tensor, str]] = []
 
+    def __len__(self) -> int:
+        """Labels so far."""
+        return self._count
+
     def new(self, size: int) -> Tensor:
         """`size` labels that nothing else carries."""
         self._count += size

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..norms import filter_norms
 from .analysis import Analysis, Constraint, Read
 from .channels import ResolvedSets
+from .constants import Carriers, Merged, Waiting, absorbing_reads
 from .states import on_cpu
 
 
@@ -46,9 +48,11 @@ class Solver:
             (c, [channel_of[p] for p in c.parts], [channel_of[p] for p in c.inputs])
             for c in analysis.constraints
         ]
-        self.absorbing = _absorbing_reads(analysis)
+        self.absorbing = absorbing_reads(analysis)
+        self.carriers = Carriers(analysis, self.reads, self.absorbing)
         self.reasons: dict[int, str] = {}
-        self.gave_back = False  # the last `solve` kept dead channels for a size
+        self._gave_back = False  # dead channels were kept for a size
+        self._settled = torch.zeros(0, dtype=torch.bool)  # channels that have left for good
         self._strength: Tensor | None = None
 
     def _families(self) -> Tensor:
@@ -75,9 +79,22 @@ class Solver:
 
     @on_cpu
     def solve(self, forbidden: Tensor | None = None) -> Tensor:
-        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's."""
+        """bool per channel: it leaves. `forbidden` channels stay for reasons of the caller's.
+
+        Channels are given back for a size one dimension after the other, and one that was given back early may be
+        there for another that turned out to be needed later. So what has left is settled, and solved for again, until
+        nothing more leaves.
+        """
+        self._settled = torch.zeros(len(self.sets), dtype=torch.bool)
+        while True:
+            removed, gave_back = self._solve_once(forbidden)
+            if not gave_back or torch.equal(removed, self._settled):
+                return removed
+            self._settled = removed
+
+    def _solve_once(self, forbidden: Tensor | None) -> tuple[Tensor, bool]:
         self.reasons = {}
-        self.gave_back = False
+        self._gave_back = False
         removed = ~self.sets.pinned
         if forbidden is not None:
             removed &= ~forbidden
@@ -85,21 +102,32 @@ class Solver:
         # turn are made from need not stay. So a dead branch that must keep one channel loses all its other
         # weights.
         spare = torch.zeros_like(removed)
+        if bool(self._settled.any()):
+            self._keep_the_last(removed, spare)
         while True:
             self._take_back_needed(removed, spare)
             if not self._restore(removed, spare):
-                return removed
+                return removed, self._gave_back
 
     # ---------------------------------------------------------------------------------------------------
     # What kept outputs need
     # ---------------------------------------------------------------------------------------------------
 
     def _take_back_needed(self, removed: Tensor, spare: Tensor) -> None:
+        while waiting := self._take_back(removed, spare):
+            for channel, entry in self.carriers.choose(waiting, removed & ~self._settled).items():
+                removed[channel] = False
+                spare[channel] = True
+                self._explain(entry.read, entry.inputs, entry.inputs == channel)
+
+    def _take_back(self, removed: Tensor, spare: Tensor) -> list[Waiting]:
+        """What is needed, whichever channels carry constants; then the constants that nothing carries yet."""
         changed = True
         while changed:
             changed = False
+            waiting: list[Waiting] = []
             for read, inputs, outputs in self.reads:
-                gone, unneeded = removed[inputs], (removed | spare)[inputs]
+                unneeded = (removed | spare)[inputs]
                 if not bool(unneeded.any()):
                     continue
                 blocked = (
@@ -110,14 +138,39 @@ class Solver:
                     self._explain(read, inputs, blocked)
                     removed[inputs[blocked]] = False
                     spare[inputs[blocked]] = False
-                inexact = ~read.live & (read.value != 0) & ~(read.absorbable & self.absorbing[id(read)])
-                blocked = gone & inexact & read.uses[~removed[outputs]].any(0)
-                blocked &= removed[inputs]
-                if bool(blocked.any()):
+                blocked = self._lost(read, inputs, outputs, removed)
+                stays = blocked & ~self.carriers.mergeable[id(read)]
+                if bool(stays.any()):
                     changed = True
-                    self._explain(read, inputs, blocked)
-                    removed[inputs[blocked]] = False
-                    spare[inputs[blocked]] = True
+                    self._explain(read, inputs, stays)
+                    removed[inputs[stays]] = False
+                    spare[inputs[stays]] = True
+                if bool((blocked & ~stays).any()):
+                    blocked = self.carriers.waiting(read, inputs, blocked & ~stays, removed)
+                    if bool(blocked.any()):
+                        waiting.append(Waiting(read, inputs, blocked))
+        return waiting
+
+    def _lost(self, read: Read, inputs: Tensor, outputs: Tensor, removed: Tensor) -> Tensor:
+        """bool per input: a constant that leaves, that the bias does not take up, and that kept outputs use."""
+        gone = removed[inputs] & ~read.live & (read.value != 0) & ~self.absorbing[id(read)]
+        return gone & read.uses[~removed[outputs] & ~read.silenced].any(0) if bool(gone.any()) else gone
+
+    @on_cpu
+    def merged(self, removed: Tensor) -> Iterator[Merged]:
+        """The constants that other channels carry, if the channels of `removed` leave."""
+        for read, inputs, outputs in self.reads:
+            carried = self._lost(read, inputs, outputs, removed)
+            if bool(carried.any()):
+                yield self.carriers.assign(read, inputs, carried, removed)
+
+    @on_cpu
+    def carried(self, removed: Tensor) -> Tensor:
+        """bool per channel: it leaves as a constant that another channel carries."""
+        result = torch.zeros_like(removed)
+        for read, inputs, outputs in self.reads:
+            result[inputs[self._lost(read, inputs, outputs, removed)]] = True
+        return result
 
     def _explain(self, read: Read, inputs: Tensor, blocked: Tensor) -> None:
         refusal = read.refusal or "the layer is used several times, with different constants"
@@ -131,6 +184,15 @@ class Solver:
     # ---------------------------------------------------------------------------------------------------
     # Sizes that must fit
     # ---------------------------------------------------------------------------------------------------
+
+    def _keep_the_last(self, removed: Tensor, spare: Tensor) -> None:
+        """Dimensions that are down to what they have to keep keep it, before others ask for what that reads."""
+        for (name, dim), channels in self.axes.items():
+            size = channels.numel()
+            filters = self.analysis.out_axes.get(name) == dim
+            least = min(size, self.options.min_channels) if filters else 1
+            if size - int(self._settled[channels].sum()) <= least:
+                self._give_back(removed, spare, channels, least, "dead, kept for min_channels")
 
     def _restore(self, removed: Tensor, spare: Tensor) -> bool:
         """Give back dead channels, the strongest first, until every dimension has an allowed size."""
@@ -191,13 +253,13 @@ class Solver:
             self._give_back(removed, spare, part, most - count, why)
 
     def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
-        gone = channels[removed[channels]].unique()
+        gone = channels[removed[channels] & ~self._settled[channels]].unique()
         if count <= 0 or not gone.numel():
             return
         strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
         removed[strongest] = False
         spare[strongest] = True
-        self.gave_back = True
+        self._gave_back = True
         for channel in strongest.tolist():
             self.reasons.setdefault(channel, why)
 
@@ -223,31 +285,3 @@ class Solver:
         if bool(self.sets.pinned[channel]):
             return self.sets.pin_reason(channel)
         return self.reasons.get(channel, "live")
-
-
-def _absorbing_reads(analysis: Analysis) -> dict[int, Tensor]:
-    """For each read the inputs whose constants the bias may take up, looking at all users of that bias.
-
-    A layer that is called twice has one bias: it can take up only what is the same constant in both calls. A
-    bias that something else uses as well cannot change at all.
-    """
-    by_bias: dict[tuple[str, int], list[Read]] = defaultdict(list)
-    sites: Counter[str] = Counter()
-    for read in analysis.reads:
-        if read.bias is not None:
-            by_bias[read.bias.name, read.bias.offset].append(read)
-            sites[read.bias.name] += read.bias.offset == 0
-    users: Counter[str] = Counter()
-    for node, name in analysis.graph.tensor_names.items():
-        users[name] += len(node.users)
-    result = {id(r): torch.ones_like(r.live) for r in analysis.reads}
-    for (name, _), reads in by_bias.items():
-        target = reads[0].bias
-        assert target is not None
-        exclusive = not target.exists or users[name] == sites[name]
-        for read in reads:
-            same = torch.full_like(read.live, exclusive)
-            for other in reads:
-                same &= (other.value == read.value) & (other.live == read.live) & other.absorbable
-            result[id(read)] = same
-    return result

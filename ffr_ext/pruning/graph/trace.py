@@ -3,7 +3,10 @@ names."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ... import _torch
-from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating
+from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating, output_tensors
+from .inline import inlined
 
 
 @dataclass
@@ -29,23 +33,22 @@ class TracedGraph:
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
     """Export the model in eval mode. ValueError with the reason where `torch.export` cannot."""
-    with evaluating(model):
+    with evaluating(model), _returning_tensors(model):
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
             raise ValueError(
-                f"torch.export could not trace {type(model).__name__} with these example_inputs, "
-                "so nothing "
-                f"is known about its channels: {type(error).__name__}: {error}"
+                f"torch.export could not trace {type(model).__name__} with these example_inputs, so nothing is known "
+                f"about its channels: {_reason(error)}"
             ) from error
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = canonical_names(model)
     tensors = dict(all_tensors(model))
     graph = TracedGraph(
-        list(exported.graph.nodes),
+        list(inlined(exported.graph_module).nodes),
         {},
         {n: tensors[n] for n in dict.fromkeys(names.values())},
         names,
@@ -60,6 +63,45 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         elif node.name in lifted:
             graph.constants[node] = exported.constants[lifted[node.name]]
     return graph
+
+
+@contextlib.contextmanager
+def _returning_tensors(model: nn.Module) -> Iterator[None]:
+    """Inside, the model returns a list of the tensors it gives: torch.export refuses classes that no pytree knows, such
+    as the caches of language models."""
+    own, forward = vars(model).get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def returning(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return output_tensors(forward(*args, **kwargs))
+
+    model.forward = returning
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+# What errors of torch.export have in common where the forward looks at the values of a tensor, and what helps.
+_LOOKS_AT_VALUES = re.compile("data-dependent|DataDependent|unbacked|dynamic shape operator")
+_REMEDY = (
+    "the forward code branches on, or sizes a tensor by, the values of a tensor: take that out of the forward, call it "
+    "with options that avoid it, or compact the submodule that holds the layers"
+)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of torch.export, the line of the model's code it is about, and what helps."""
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    first = re.split(r"(?<=[.!])\s|\s+\(Size-like", first)[0]
+    at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', text)
+    place = f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})" if at else ""
+    said = f"{type(error).__name__}: {first}{place}"
+    return f"{said}; {_REMEDY}" if _LOOKS_AT_VALUES.search(f"{type(error).__name__} {text}") else said
 
 
 def module_path(node: Node) -> str:

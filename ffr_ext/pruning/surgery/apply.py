@@ -17,6 +17,7 @@ from ..graph.branches import replacement
 from ..graph.states import on_cpu
 from . import optimizer as optimizer_state
 from .cuts import Changes, Cut, CutError, cut_tensors, weight_of
+from .merges import check_merges, merged
 
 
 def apply_cuts(model: nn.Module, plan: Changes, optimizer: torch.optim.Optimizer | None) -> None:
@@ -30,11 +31,15 @@ def apply_cuts(model: nn.Module, plan: Changes, optimizer: torch.optim.Optimizer
     jobs: list[tuple[Tensor, Sequence[Cut]]] = []
     for name in moved:
         _check_cuts(name, tuple(tensors[name].shape), plan.cuts[name])
+    for name in set(plan.merges) - gone:
+        if name not in moved:
+            raise CutError(f"damaged compaction plan: channels of {name} are merged, but none is cut")
+        check_merges(name, tensors[name].shape, plan.merges[name])
     order = [n for n in tensors if n in moved]
-    jobs += [(tensors[n], plan.cuts[n]) for n in order]
+    jobs += [(merged(tensors[n], plan.merges.get(n, ())), plan.cuts[n]) for n in order]
     graded = [n for n in order if tensors[n].grad is not None]
     jobs += [(g, plan.cuts[n]) for n in graded if (g := tensors[n].grad) is not None]
-    carried = optimizer_state.Carried(optimizer, tensors, {n: plan.cuts[n] for n in order}, gone)
+    carried = optimizer_state.Carried(optimizer, tensors, {n: plan.cuts[n] for n in order}, gone, plan.merges)
     jobs += carried.jobs()
     results = cut_tensors([t for t, _ in jobs], [c for _, c in jobs])
 
@@ -57,7 +62,9 @@ def apply_cuts(model: nn.Module, plan: Changes, optimizer: torch.optim.Optimizer
     for path, values in plan.attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
-            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+            if isinstance(value, list):
+                value = list(value) if isinstance(getattr(module, attribute), list) else tuple(value)
+            setattr(module, attribute, value)
     carried.commit(new, {n: (p, tensors[names[weight_of(n)]]) for n, p in added.items()})
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.analysis import Flow
+from ..graph.analysis import Constraint, Flow
 from ..graph.solver import Solver
 from ..graph.states import on_cpu
 from .cuts import Cut, cut_shape
+from .merges import compose_merges
 from .plan import CompactionPlan
 
 
@@ -25,14 +26,24 @@ class CannotCompose(ValueError):
 
 @on_cpu
 def may_continue(solver: Solver, removed: Tensor) -> bool:
-    """Whether a second search can find more. False wherever nothing was kept for a size, or changed how its
-    channels are coupled: most models, which are then traced only once."""
+    """Whether a second search can find more: where the cut changed how channels are coupled (parts of one channel each
+    are no parts any more, a grouped convolution of one channel per group is depthwise), or left nothing but zeros.
+    False for most models, which are then traced only once."""
     if not bool(removed.any()):
         return False
-    if solver.gave_back or any(bool(removed[p].any()) for _, parts, _ in solver.parts for p in parts):
-        return True
-    kept = [(c.numel(), c.numel() - int(removed[c].sum())) for c in solver.axes.values()]
-    return any(left == 1 < size for size, left in kept) or _zero_where_kept(solver, removed)
+    return any(_decoupled(c, removed) for c in solver.parts) or _zero_where_kept(solver, removed)
+
+
+def _decoupled(constrained: tuple[Constraint, list[Tensor], list[Tensor]], removed: Tensor) -> bool:
+    """Parts that had several channels are left with one, or one part is left of several."""
+    _, parts, inputs = constrained
+    for vectors in (parts, inputs):
+        left = [v.numel() - int(removed[v].sum()) for v in vectors]
+        if any(left_of == 1 < v.numel() for left_of, v in zip(left, vectors, strict=True)):
+            return True
+        if sum(map(bool, left)) == 1 < len(left):
+            return True
+    return False
 
 
 def _zero_where_kept(solver: Solver, removed: Tensor) -> bool:
@@ -98,7 +109,12 @@ def compose(first: CompactionPlan, second: CompactionPlan) -> CompactionPlan:
         for path in dict.fromkeys([*first.attributes, *second.attributes])
         if path not in replaced and not _inside(path, replaced)
     }
-    return CompactionPlan(first.source, cuts, biases, attributes, replaced)
+    merges = {
+        name: entries
+        for name, entries in compose_merges(first.source, first.cuts, first.merges, second.merges).items()
+        if not _inside(name, replaced)
+    }
+    return CompactionPlan(first.source, cuts, biases, attributes, replaced, merges)
 
 
 def _inside(name: str, paths: Mapping[str, str]) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .gather import compact_filters
+
+if TYPE_CHECKING:
+    from .merges import Merge
 
 
 class CutError(ValueError):
@@ -45,6 +48,8 @@ class Changes(Protocol):
 
     @property
     def cuts(self) -> Mapping[str, list[Cut]]: ...
+    @property
+    def merges(self) -> Mapping[str, list[Merge]]: ...
     @property
     def biases(self) -> Mapping[str, dict[str, Any]]: ...
     @property

@@ -3,30 +3,37 @@ sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..filters import CONVOLUTIONS, TRANSPOSED, BatchNorm
 from ..graph.solver import Solver
 from ..graph.states import on_cpu
-from .cuts import Cut, cut_shape
+from .attributes import Sizes
+from .cuts import Cut
+from .merges import merges_of
 from .plan import CompactionPlan
 
 
 @on_cpu
 def make_plan(
-    solver: Solver, removed: Tensor, source: Mapping[str, tuple[int, ...]], replaced: Mapping[str, str]
+    solver: Solver,
+    removed: Tensor,
+    source: Mapping[str, tuple[int, ...]],
+    replaced: Mapping[str, str],
+    alone: Container[str] = (),
 ) -> CompactionPlan:
-    """The plan that takes the channels of `removed` out of a model of the shapes `source`."""
+    """The plan that takes the channels of `removed` out of a model of the shapes `source`. The numbers
+    that the user's own modules keep follow where they are the sizes of what is cut, but in the modules left `alone`."""
     cuts = _cuts(solver, removed)
     return CompactionPlan(
         source=source,
         cuts=cuts,
+        merges=merges_of(solver.merged(removed)),
         biases=_biases(solver, removed),
-        attributes=_attributes(solver, removed, cuts, source),
+        attributes=Sizes(solver, removed, cuts, source).attributes(alone),
         replaced=replaced,
     )
 
@@ -52,7 +59,7 @@ def _biases(solver: Solver, removed: Tensor) -> dict[str, dict[str, Any]]:
     creates: dict[str, bool] = {}
     done: set[tuple[str, int]] = set()
     for read, inputs, outputs in reversed(solver.reads):
-        taken = removed[inputs] & (read.value != 0) & ~read.live
+        taken = removed[inputs] & (read.value != 0) & ~read.live & solver.absorbing[id(read)]
         if read.bias is None or read.weight_sum is None or not bool(taken.any()):
             continue
         name, part = read.bias.name, slice(read.bias.offset, read.bias.offset + outputs.numel())
@@ -74,60 +81,3 @@ def _biases(solver: Solver, removed: Tensor) -> dict[str, dict[str, Any]]:
         for name, amount in amounts.items()
         if bool((amount[kept_of[name]] != 0).any())
     }
-
-
-def _attributes(
-    solver: Solver, removed: Tensor, cuts: Mapping[str, list[Cut]], source: Mapping[str, tuple[int, ...]]
-) -> dict[str, dict[str, Any]]:
-    graph = solver.analysis.graph
-    groups: dict[str, int] = {}
-    for constraint, parts, inputs in solver.parts:
-        if constraint.module is not None:
-            together = [torch.cat([p, i]) for p, i in zip(parts, inputs, strict=True)] if inputs else parts
-            groups[constraint.module] = sum(not bool(removed[channels].all()) for channels in together)
-
-    def weight_shape(path: str) -> tuple[int, ...] | None:
-        name = graph.name_of.get(f"{path}.weight" if path else "weight")
-        return None if name is None else cut_shape(source[name], cuts.get(name, []))
-
-    result: dict[str, dict[str, Any]] = {}
-    for path, module in graph.modules.items():
-        values = _sizes(module, weight_shape(path), groups.get(path))
-        changed = {a: v for a, v in values.items() if getattr(module, a, v) != v}
-        if changed:
-            result[path] = changed
-    for path, attribute, labels in solver.analysis.sized:
-        owner = graph.modules.get(path)
-        size = int((~removed[solver.sets.channel_of[labels]]).sum())
-        if owner is not None and getattr(owner, attribute, size) != size:
-            result.setdefault(path, {})[attribute] = size
-    return result
-
-
-def _sizes(module: nn.Module, weight: tuple[int, ...] | None, groups: int | None) -> dict[str, Any]:
-    """The sizes that a module keeps as attributes, from the new shape of its weight."""
-    if weight is None:
-        return {}
-    if isinstance(module, TRANSPOSED):
-        depthwise = module.groups == module.in_channels and module.groups > 1
-        new_groups = weight[0] if depthwise else module.groups
-        return {"in_channels": weight[0], "out_channels": weight[1] * new_groups, "groups": new_groups}
-    if isinstance(module, CONVOLUTIONS):
-        if groups is not None:
-            new_groups = groups
-        elif module.groups == module.in_channels and module.groups > 1:
-            new_groups = weight[0] // (module.out_channels // module.in_channels)
-        else:
-            new_groups = module.groups
-        return {"out_channels": weight[0], "in_channels": weight[1] * new_groups, "groups": new_groups}
-    if isinstance(module, nn.Linear):
-        return {"out_features": weight[0], "in_features": weight[1]}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": weight[0], **({} if groups is None else {"num_groups": groups})}
-    if isinstance(module, (*BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
-        return {"num_features": weight[0]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": weight[0]}
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' linear layer of GPT-2
-        return {"nf": weight[1], **({"nx": weight[0]} if hasattr(module, "nx") else {})}
-    return {}

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from ...models import all_tensors, canonical_names
 from .cuts import Changes, Cut, cut_tensors, weight_of
+from .merges import Merge, merged
+
+# Averages of the parameter itself, which are merged as it is. All other states are statistics of its gradient: that of
+# a merged weight is its own as before, because W' = W_j + sum_i (v_i / v_j) W_i has the gradient of W_j.
+_AVERAGES = {"ax"}  # of ASGD
 
 
 class OptimizerError(ValueError):
@@ -38,6 +43,7 @@ class Carried:
         tensors: Mapping[str, Tensor],
         cuts: Mapping[str, Sequence[Cut]],
         gone: set[str],
+        merges: Mapping[str, Sequence[Merge]],
     ) -> None:
         self._optimizer = optimizer
         self._names = {id(t): n for n, t in tensors.items() if isinstance(t, nn.Parameter)}
@@ -65,7 +71,8 @@ class Carried:
                         continue
                     if value.shape == parameter.shape and value.dim() > 0:
                         self._slots.append((name, key))
-                        self._jobs.append((value, cuts[name]))
+                        made = merged(value, merges.get(name, ())) if key in _AVERAGES else value
+                        self._jobs.append((made, cuts[name]))
                     elif value.numel() != 1:
                         raise OptimizerError(
                             _refusal(optimizer, key, name, f"a tensor of shape {tuple(value.shape)}")
@@ -127,7 +134,8 @@ def carry_over(optimizer: torch.optim.Optimizer, source: nn.Module, result: nn.M
     old = {n: t for n, t in all_tensors(source) if names[n] == n}
     new = dict(all_tensors(result))
     gone = {n for n in old if any(n.startswith(f"{path}.") for path in plan.replaced)}
-    carried = Carried(optimizer, old, {n: c for n, c in plan.cuts.items() if n not in gone}, gone)
+    cuts = {n: c for n, c in plan.cuts.items() if n not in gone}
+    carried = Carried(optimizer, old, cuts, gone, plan.merges)
     jobs = carried.jobs()
     carried.take(cut_tensors([t for t, _ in jobs], [c for _, c in jobs]))
     added: dict[str, tuple[nn.Parameter, Tensor | None]] = {}

@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models import all_tensors, canonical_names
+from ...models import (
+    all_tensors,
+    canonical_names,
+    check_dense_weights,
+    check_no_fake_quantisation,
+    find_wrapper,
+)
 from ..graph.branches import IDENTITY, ZEROS
 from .apply import apply_cuts
 from .cuts import Cut, CutError
+from .merges import Merge
 from .optimizer import OptimizerError, check_optimizer
 
 FORMAT = "ffr_ext.compaction_plan"
-VERSION = 1
+# 2 has merges. A plan without any is written as version 1, which every ffr_ext reads.
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class CompactionPlan:
         source: Name of each parameter and buffer of the model the plan is for -> its shape. Tied tensors
         once.
         cuts: Name of a tensor -> its cuts, one for each dimension that gets smaller.
+        merges: Name of a weight -> the constant channels whose slices it adds to that of one that stays, before it is
+            cut (see `Merge`).
         biases: Name of a bias -> what is added to its kept entries (constants of removed channels that its
             layer absorbs), and whether the bias has to be made first.
         attributes: Path of a module -> the attributes that say its sizes (``out_channels``, ...), and their
@@ -44,6 +54,7 @@ class CompactionPlan:
     biases: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     attributes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
+    merges: Mapping[str, list[Merge]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Mapping):
@@ -87,11 +98,12 @@ class CompactionPlan:
 
     def save(self, path: str | bytes | os.PathLike[Any]) -> None:
         """Write the plan as JSON. It replaces the file at once, so that a reader never sees half of it."""
-        name = _file_name(path)
+        name = os.fsdecode(path)
+        version = 2 if self.merges else 1
         temporary = f"{name}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(
-                {"format": FORMAT, "version": VERSION, "sha256": self.digest(), **self._content()},
+                {"format": FORMAT, "version": version, "sha256": self.digest(), **self._content()},
                 file,
                 indent=1,
             )
@@ -105,7 +117,7 @@ class CompactionPlan:
         Raises ValueError for a file that is no plan, is of another version, or does not match its own
         checksum.
         """
-        name = _file_name(path)
+        name = os.fsdecode(path)
         with open(name, encoding="utf-8") as file:
             try:
                 data = json.load(file)
@@ -113,8 +125,9 @@ class CompactionPlan:
                 raise ValueError(f"{name}: not a compaction plan: not JSON ({error})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'{name}: not a compaction plan: expected "format": "{FORMAT}"')
-        if data.get("version") != VERSION:
-            raise ValueError(f"{name}: plan of version {data.get('version')!r}, this ffr_ext reads {VERSION}")
+        if data.get("version") not in VERSIONS:
+            known = " and ".join(map(str, VERSIONS))
+            raise ValueError(f"{name}: plan of version {data.get('version')!r}, this ffr_ext reads {known}")
         try:
             plan = cls(
                 source={n: tuple(int(s) for s in shape) for n, shape in data["source"].items()},
@@ -122,6 +135,7 @@ class CompactionPlan:
                 biases=data["biases"],
                 attributes=data["attributes"],
                 replaced=data["replaced"],
+                merges={n: [Merge.from_json(m) for m in ms] for n, ms in data.get("merges", {}).items()},
             )
             digest = plan.digest()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -133,12 +147,14 @@ class CompactionPlan:
         return plan
 
     def _content(self) -> dict[str, Any]:
+        merges = {n: [m.to_json() for m in ms] for n, ms in self.merges.items()}
         return {
             "source": {n: list(s) for n, s in self.source.items()},
             "replaced": dict(self.replaced),
             "attributes": {p: dict(a) for p, a in self.attributes.items()},
             "biases": {n: dict(b) for n, b in self.biases.items()},
             "cuts": {n: [c.to_json() for c in cuts] for n, cuts in self.cuts.items()},
+            **({"merges": merges} if merges else {}),
         }
 
     def _check_model(self, model: nn.Module) -> None:
@@ -155,20 +171,13 @@ class CompactionPlan:
             raise ValueError(f"this plan is for another model: {'; '.join(problems[:3])}{more}")
 
 
-def _file_name(path: str | bytes | os.PathLike[Any]) -> str:
-    """TypeError for what is no file name; `open` would take a whole number for a file that is open already."""
-    if not isinstance(path, str | bytes | os.PathLike):
-        raise TypeError(f"path: expected a file name, got {type(path).__name__}")
-    return os.fsdecode(path)
-
-
 def source_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each parameter and buffer, tied ones once."""
     names = canonical_names(model)
     return {n: tuple(t.shape) for n, t in all_tensors(model) if names[n] == n}
 
 
-_WRAPPERS = {
+_REMEDIES = {
     "DistributedDataParallel": "pass model.module, and wrap the result again",
     "DataParallel": "pass model.module, and wrap the result again",
     "FullyShardedDataParallel": "compact the model before it is sharded, and wrap the result",
@@ -180,14 +189,12 @@ _WRAPPERS = {
 
 def check_plain_module(model: nn.Module, caller: str) -> None:
     """ValueError for a wrapper whose inside must not change its shapes, with what to do instead."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: model: expected an nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch."):
-                at = f" at {path}" if path else ""
-                raise ValueError(
-                    f"{caller}: the model is wrapped in {base.__name__}{at}, which keeps references to "
-                    "tensors of the "
-                    f"old shapes; {_WRAPPERS[base.__name__]}"
-                )
+    wrapper = find_wrapper(model, caller)
+    if wrapper is not None:
+        name, at = wrapper
+        raise ValueError(
+            f"{caller}: the model is wrapped in {name}{at}, which keeps references to tensors of the old shapes; "
+            f"{_REMEDIES[name]}"
+        )
+    check_dense_weights(model, caller)
+    check_no_fake_quantisation(model, caller)

@@ -3,6 +3,7 @@ stay."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -133,6 +134,67 @@ def _norm(channels: int, dead: Tensor, generator: torch.Generator) -> nn.BatchNo
         layer.weight[dead] = 0
         layer.bias[dead & (torch.rand(channels, generator=generator) < 0.6)] = 0
     return layer
+
+
+@st.composite
+def residual_networks(draw: st.DrawFn) -> nn.Module:
+    """A stream that several padded and unpadded readers read, each behind its own activation, with constants."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+    layers: dict[str, nn.Module] = {}
+    steps: list[tuple[Any, ...]] = []
+    channels = [3]
+
+    def add(step: tuple[Any, ...], out: int) -> int:
+        steps.append(step)
+        channels.append(out)
+        return len(channels) - 1
+
+    def layer(module: nn.Module, source: int, out: int) -> int:
+        layers[f"l{len(layers)}"] = module
+        return add(("layer", f"l{len(layers) - 1}", source), out)
+
+    def dead(count: int) -> Tensor:
+        return torch.rand(count, generator=generator) < draw(st.sampled_from([0.3, 0.6, 0.9]))
+
+    stream = layer(_conv(3, 8, 3, 1, True, dead(8), generator), 0, 8)
+    if draw(st.booleans()):
+        stream = layer(_norm(8, dead(8), generator), stream, 8)
+    for _ in range(draw(st.integers(1, 4))):
+        inner = stream
+        if draw(st.booleans()):
+            inner = layer(_norm(8, dead(8), generator), inner, 8)
+        inner = add(("activation", draw(st.sampled_from(ACTIVATIONS)), inner), 8)
+        kernel, groups = draw(st.sampled_from([1, 3, 5])), draw(st.sampled_from([1, 1, 1, 2]))
+        reader = _conv(8, 8, kernel, groups, draw(st.booleans()), dead(8), generator)
+        if draw(st.booleans()):  # as wide, and padded otherwise: only on one side, or with a dilation
+            reader.dilation, reader.padding = (2, 2), (kernel - 1, kernel - 1)
+        inner = layer(reader, inner, 8)
+        if draw(st.booleans()):
+            inner = layer(_norm(8, dead(8), generator), inner, 8)
+        stream = add((draw(st.sampled_from(["add", "add", "sub"])), stream, inner), 8)
+    head = nn.Sequential(nn.Conv2d(8, 4, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(4 * 9, 3))
+    return RandomNet(steps, layers, head).eval()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(residual_networks(), st.booleans())
+def test_constants_of_residual_streams(model: nn.Module, half: bool) -> None:
+    """Constants leave whatever reads them, except as many as carry them; the plan does the same once more."""
+    x = torch.randn(2, 3, 5, 5)
+    result = compact(model, x, measure=False)
+    assert not result.report.notes
+    with torch.no_grad():
+        expected = model(x).double()
+        error = (result.model(x).double() - expected).abs().max() / expected.abs().max().clamp(min=1.0)
+    assert error < 1e-5
+    once_more = result.plan.apply(copy.deepcopy(model))
+    assert all(
+        torch.equal(a, b) for a, b in zip(once_more.parameters(), result.model.parameters(), strict=True)
+    )
+    assert compact(result.model, x, measure=False).plan.is_empty, result.report.explain()
+    if half:
+        low = copy.deepcopy(model).bfloat16()
+        assert not compact(low, x.bfloat16(), measure=False).report.notes
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

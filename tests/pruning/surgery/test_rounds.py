@@ -12,7 +12,7 @@ from random_nets import RandomNet
 from torch import nn
 
 from ffr_ext import CompactionPlan, compact
-from ffr_ext.pruning import compaction
+from ffr_ext.pruning.surgery import search
 from ffr_ext.pruning.surgery.compose import CannotCompose, compose
 from ffr_ext.pruning.surgery.cuts import Cut
 
@@ -93,7 +93,6 @@ def branch_dead_after_the_cut() -> nn.Module:
     [
         (grouped_to_depthwise, True),
         (grouped_to_depthwise, False),
-        (kept_for_a_size_then_needed, True),  # without strict, no constant is needed
         (branch_dead_after_the_cut, True),
         (branch_dead_after_the_cut, False),
     ],
@@ -104,7 +103,7 @@ def test_what_a_cut_makes_possible_is_in_the_same_plan(
     torch.manual_seed(0)
     model, x = make(), torch.randn(X)
     with monkeypatch.context() as context:
-        context.setattr(compaction, "MAX_ROUNDS", 1)
+        context.setattr(search, "MAX_ROUNDS", 1)
         one_round = compact(model, x, strict=strict, measure=False)
     result = compact(model, x, strict=strict, measure=False)
     assert result.report.parameters[1] < one_round.report.parameters[1], "the case needs a second round"
@@ -119,6 +118,24 @@ def test_what_a_cut_makes_possible_is_in_the_same_plan(
     assert torch.equal(result.plan.apply(model)(x), result.model(x))
 
 
+def test_a_channel_kept_for_a_size_that_another_fills_leaves_in_the_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One traced graph is enough for it."""
+    torch.manual_seed(0)
+    model, x = kept_for_a_size_then_needed(), torch.randn(X)
+    traces = []
+    original = search.trace
+    monkeypatch.setattr(search, "trace", lambda *a: traces.append(1) or original(*a))
+    result = compact(model, x, measure=False)
+    assert len(traces) == 1
+    kept = result.plan.cuts["layers.a.weight"][0].keep
+    assert kept is not None
+    assert list(kept) == [0]  # the largest constant, which carries the others; 1 and 3 are 0
+    assert compact(result.model, x, measure=False).plan.is_empty
+    assert (result.model(x) - model(x)).abs().max() < 1e-5
+
+
 def test_the_report_counts_all_rounds() -> None:
     torch.manual_seed(0)
     result = compact(grouped_to_depthwise(), torch.randn(X), measure=False)
@@ -130,8 +147,8 @@ def test_the_report_counts_all_rounds() -> None:
 def test_one_traced_graph_is_enough_for_most_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept for a size, and no coupling changes: the second export would be for nothing."""
     traces = []
-    original = compaction.trace
-    monkeypatch.setattr(compaction, "trace", lambda *a: traces.append(1) or original(*a))
+    original = search.trace
+    monkeypatch.setattr(search, "trace", lambda *a: traces.append(1) or original(*a))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     kill(model[0], [1, 2], range(8))
     assert not compact(model, torch.randn(X), measure=False).plan.is_empty

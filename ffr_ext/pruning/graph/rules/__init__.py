@@ -1,5 +1,7 @@
 """One rule for each op: what it does to channels and to constants. A new op is three lines here.
 
-`pointwise` (and ops whose inputs are all constant), `layers` (convolutions, linear layers, attention), `norms`,
-`shape` (views, cat, pooling, reductions). `ffr_ext.pruning.graph` imports them, and with that they are known.
+`pointwise` (and ops whose inputs are all constant), `layers` (convolutions, linear layers, embeddings), `recurrent`,
+`attention`, `contractions` (einsum, products, sums, vector norms), `norms` (and pooling, reductions), `shape` (views,
+cat, slices, padding), `split`, `rearrange` (pixel shuffle). `ffr_ext.pruning.graph` imports them, and with that they
+are known.
 """

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import states
-from ..analysis import Analysis, BiasTarget, Constraint, Flow, Labels, Read, meta_shape
+from ..analysis import Analysis, BiasTarget, Constraint, Flow, Labels, Read, WeightTarget, meta_shape
 from ..registry import rule
 from ..states import along, per_index
 from ..trace import module_path, where
-from .pointwise import combined_labels
 
 _BIASED = (
     nn.Linear,
@@ -123,7 +122,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
         transposed and groups > 1 and not (depthwise and n_in == n_out)
     ):
         return None
-    borders = _has_borders(bound, kernel, transposed)
+    borders = _has_borders(bound, kernel, transposed) or x.inner is not None
     taken = weight.state.value.expand(weight.shape).double()
     if transposed:  # a stride s spreads an input over s outputs: the mean over them is the interior value
         taken = (
@@ -141,7 +140,7 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
     if weight.name is not None:
         analysis.out_axes[weight.name] = own_out
 
-    value, live, uniform = per_index(x.state, channel, n_in)
+    value, live, uniform = per_index(x.inner or x.state, channel, n_in)
     if analysis.strict:
         live = live | ~uniform
     bias_value = None if bias is None else bias.state.value.expand(bias.shape)
@@ -172,6 +171,11 @@ def _convolution(analysis: Analysis, node: Node, bound: dict[str, Any], transpos
                 bias=None
                 if target is None
                 else BiasTarget(target.module, target.name, target.exists, of_out.start, target.size),
+                weight=None
+                if weight.name is None
+                else WeightTarget(
+                    weight.name, own_in, None if groups == 1 else range(of_out.start, of_out.stop)
+                ),
             )
             analysis.reads.append(read)
             blocked = live[of_in] | ((value[of_in] != 0) & borders & analysis.strict)
@@ -271,16 +275,7 @@ def _lazy_sum(weight: Tensor) -> Callable[[], Tensor]:
 
 @rule("linear")
 def _linear(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    return _weighted(analysis, node, bound["input"], bound["weight"], bound.get("bias"), out_dim=0)
-
-
-@rule("mm", "matmul", "bmm")
-def _matmul(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    a: Flow = bound["self"]
-    b: Flow = bound["mat2"] if "mat2" in bound else bound["other"]
-    if b.rank == 2 and b.state.all_constant() and not a.state.all_constant() and a.rank >= 2:
-        return _weighted(analysis, node, a, b, None, out_dim=1)
-    return _product(analysis, node, a, b)
+    return weighted(analysis, node, bound["input"], bound["weight"], bound.get("bias"), out_dim=0)
 
 
 @rule("addmm")
@@ -288,13 +283,22 @@ def _addmm(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
     bias, a, b = bound["self"], bound["mat1"], bound["mat2"]
     if bound["beta"] != 1 or bound["alpha"] != 1 or bias.rank != 1 or a.state.all_constant():
         return None
-    return _weighted(analysis, node, a, b, bias, out_dim=1)
+    return weighted(analysis, node, a, b, bias, out_dim=1)
 
 
-def _weighted(
-    analysis: Analysis, node: Node, x: Flow, weight: Flow, bias: Flow | None, out_dim: int
+def weighted(
+    analysis: Analysis,
+    node: Node,
+    x: Flow,
+    weight: Flow,
+    bias: Flow | None,
+    out_dim: int,
+    result_dim: int = -1,
 ) -> Flow | None:
-    """y = x W^T + b for a weight [out, in] (out_dim 0), y = x W + b for a weight [in, out] (out_dim 1)."""
+    """y = x W^T + b for a weight [out, in] (out_dim 0), y = x W + b for a weight [in, out] (out_dim 1).
+
+    The node's result may have its dimensions in another order, the outputs along `result_dim`; the flow that is
+    returned has them last."""
     if (
         weight.rank != 2
         or not weight.state.all_constant()
@@ -319,7 +323,7 @@ def _weighted(
     target = _bias_target(analysis, node, weight, bias, n_out)
     read = Read(
         node=node,
-        dim=len(meta_shape(node)) - 1,
+        dim=result_dim % x.rank,
         start=0,
         inputs=inputs,
         outputs=outputs,
@@ -330,30 +334,15 @@ def _weighted(
         refusal=_refusal(False, target),
         weight_sum=matrix.double,
         bias=target,
+        weight=None if weight.name is None else WeightTarget(weight.name, 1 - out_dim),
     )
     analysis.reads.append(read)
     out, out_live = _mixed_state(
         value, live, read.uses, read.weight_sum or matrix.double, None if bias is None else bias.state.value
     )
-    shape = meta_shape(node)
+    shape = (*x.shape[:-1], n_out)
     labels = (*x.labels[:-1], _dropped(analysis, outputs, n_out))
     return Flow(shape, labels, states.make(along(out, -1, len(shape)), along(out_live, -1, len(shape))))
-
-
-def _product(analysis: Analysis, node: Node, a: Flow, b: Flow) -> Flow | None:
-    """A product of two tensors of the network: what is summed over stays."""
-    if a.rank < 2 or b.rank < 2:
-        return None
-    shape = meta_shape(node)
-    reason = f"summed over by {where(node)}"
-    for flow, dim in ((a, -1), (b, -2)):
-        analysis.sets.claim(flow.labels[dim])
-        analysis.sets.pin(flow.labels[dim], reason)
-    batch = [Flow((*f.shape[:-2], 1, 1), (*f.labels[:-2], None, None), f.state) for f in (a, b)]
-    labels = combined_labels(analysis, node, batch, (*shape[:-2], 1, 1))
-    for labelled in (a.labels[-2], b.labels[-1]):
-        analysis.sets.claim(labelled)
-    return Flow(shape, (*labels[:-2], a.labels[-2], b.labels[-1]), states.live(len(shape)))
 
 
 @rule("embedding")
@@ -364,12 +353,3 @@ def _embedding(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | 
     analysis.pin(weight, f"a table that {where(node)} looks up")
     shape = meta_shape(node)
     return Flow(shape, (*indices.labels, weight.labels[1]), states.live(len(shape)))
-
-
-@rule("scaled_dot_product_attention")
-def _attention(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
-    for key in ("query", "key", "value", "attn_mask"):
-        if isinstance(bound.get(key), Flow):
-            analysis.pin(bound[key], f"attention: {where(node)}")
-    shape = meta_shape(node)
-    return Flow(shape, (None,) * len(shape), states.live(len(shape)))

@@ -14,6 +14,7 @@ from ..analysis import Analysis, Constraint, Flow, Labels, meta_shape
 from ..registry import rule
 from ..states import State, along
 from ..trace import module_path, op_name, where
+from .contractions import summed_over
 from .pointwise import fold
 
 
@@ -51,7 +52,7 @@ def _batch_norm(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow |
         for k, f in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var))
         if (v := _flat(f)) is not None
     }
-    state = _spatially_uniform(analysis, x.state, 2)
+    state = spatially_uniform(analysis, x.state, 2)
     scale: Tensor = per_channel.get("gamma", torch.ones((1,) * x.rank, dtype=torch.float64))
     shift: Tensor = per_channel.get("beta", torch.zeros((1,) * x.rank, dtype=torch.float64))
     if of_input:  # the statistics of a constant are itself and 0
@@ -115,7 +116,7 @@ def _silenced(x: Flow, gamma: Flow | None, beta: Flow | None, dims: list[int]) -
     return states.make(shift, scale != 0)
 
 
-def _spatially_uniform(analysis: Analysis, state: State, first: int) -> State:
+def spatially_uniform(analysis: Analysis, state: State, first: int) -> State:
     """The state with the dimensions from `first` on reduced to one value; where they differ it is live."""
     dims = [d for d in range(first, state.rank) if state.value.shape[d] > 1 or state.live.shape[d] > 1]
     value, live = state.value.double(), state.live
@@ -149,11 +150,14 @@ def _pool(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
     first = x.rank - spatial
     if any(labels is not None for labels in x.labels[first:]):
         return None
-    state = _spatially_uniform(analysis, x.state, first)
+    state, inner = spatially_uniform(analysis, x.state, first), None
     if name.startswith("avg_pool") and bound.get("count_include_pad", True) and _any(bound["padding"]):
         live = state.live | (state.value != 0) if analysis.strict else state.live
+        inner = x.inner or state
         state = states.make(state.value, live)
-    return Flow(meta_shape(node), (*x.labels[:first], *[None] * spatial), state)
+    elif "avg_pool" in name:
+        inner = x.inner
+    return Flow(meta_shape(node), (*x.labels[:first], *[None] * spatial), state, inner=inner)
 
 
 def _any(padding: Any) -> bool:
@@ -166,7 +170,10 @@ def _reduce(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | Non
     given = bound.get("dim")
     listed = [given] if isinstance(given, int) else list(given or [])
     dims = sorted({d % x.rank for d in listed}) if listed else list(range(x.rank))
-    analysis.pin(x, f"reduced over by {where(node)}", dims)
+    if op_name(node) == "sum":
+        summed_over(analysis, node, x, dims, "a sum")
+    else:
+        analysis.pin(x, f"reduced over by {where(node)}", dims)
     for dim in dims:
         analysis.sets.claim(x.labels[dim])
     value, live = x.state.value, x.state.live

@@ -59,12 +59,18 @@ def _pointwise_state(analysis: Analysis, node: Node, operands: list[Flow], rank:
     for flow in operands:
         live = live | flow.state.live
     name = op_name(node).removesuffix("_")
+    zero = torch.zeros_like(live)
     if name == "mul" and len(operands) == 2:  # 0 times anything finite
-        live = live & ~(operands[0].state.zero() | operands[1].state.zero())
+        zero = operands[0].state.zero() | operands[1].state.zero()
+    elif name == "div" and len(operands) == 2:  # 0 divided by what the input decides, as a norm
+        zero = operands[0].state.zero() & operands[1].state.live
+    live = live & ~zero
     if bool(live.all()):
         return states.live(rank)
     value = _evaluate(node, lambda a: analysis.flows[a].state.value)
-    return states.live(rank) if value is None else states.make(value, live)
+    if value is None:
+        return states.live(rank)
+    return states.make(torch.where(zero, torch.zeros((), dtype=value.dtype), value), live)
 
 
 def _evaluate(node: Node, value_of: Callable[[Node], Tensor]) -> Tensor | None:

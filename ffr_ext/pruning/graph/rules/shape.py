@@ -1,4 +1,4 @@
-"""Ops that move values and change none: views, permutations, concatenations, splits, slices, padding."""
+"""Ops that move values and change none: views, permutations, concatenations, slices, padding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from .. import states
-from ..analysis import Analysis, Constraint, Flow, Labels, meta_shape
+from ..analysis import Analysis, Flow, Labels, meta_shape
 from ..registry import rule
 from ..states import State, fill_dims
-from ..trace import where
+from ..trace import module_path, where
 from .pointwise import combined_labels, fold
+from .split import narrowed
 
 # ---------------------------------------------------------------------------------------------------
 # Views
@@ -89,8 +90,20 @@ def _reshape_labels(
         if torch.equal(along.expand(sizes), within):
             return [along.flatten() if j == k else None for j in range(len(sizes))]
     analysis.sets.claim(vector)
-    analysis.sets.pin(vector, f"split over several dimensions by {where(node)}")
-    return [None] * len(sizes)
+    if len(ins) > 1 or len(sizes) < 2:
+        analysis.sets.pin(vector, f"split over several dimensions by {where(node)}")
+        return [None] * len(sizes)
+    return _divided(analysis, node, within)
+
+
+def _divided(analysis: Analysis, node: Node, within: Tensor) -> list[Labels]:
+    """Channels divided into heads of several features, or into several tensors of such heads: [.., heads, features].
+    A head is one channel: it leaves as a whole."""
+    heads = within.movedim(-2, 0).flatten(1)
+    for other in range(1, heads.shape[1]):
+        analysis.sets.unify(heads[:, 0], heads[:, other])
+    analysis.divided.append((module_path(node), [heads[:, 0]]))
+    return [heads[:, 0] if d == within.dim() - 2 else None for d in range(within.dim())]
 
 
 def _reshape_compressed(
@@ -128,9 +141,11 @@ def _expand(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
     flow: Flow = bound["self"]
     shape = meta_shape(node)
     new = len(shape) - flow.rank
-    labels = [None] * new + [
-        v if flow.shape[d] == shape[d + new] else None for d, v in enumerate(flow.labels)
-    ]
+    kept = [v if flow.shape[d] == shape[d + new] else None for d, v in enumerate(flow.labels)]
+    labels: list[Labels] = [*(None for _ in range(new)), *kept]
+    if isinstance(like := bound.get("other"), Flow):  # as large as another tensor, also when that is cut
+        spread = [d for d, size in enumerate(shape) if d < new or flow.shape[d - new] != size]
+        labels = [like.labels[d] if d in spread else v for d, v in enumerate(labels)]
     leading = (1,) * new
     return Flow(
         shape,
@@ -176,10 +191,11 @@ def _move_along(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow |
 
 @rule("cat", "concat", "concatenate")
 def _cat(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    flows: list[Flow] = [f for f in bound["tensors"] if isinstance(f, Flow)]
     shape = meta_shape(node)
-    if len(flows) != len(bound["tensors"]) or any(f.rank != len(shape) for f in flows):
-        return None  # an old-style empty tensor in the list
+    # A cache begins with an empty tensor of one dimension, which adds nothing.
+    flows = [f for f in bound["tensors"] if not (isinstance(f, Flow) and f.shape == (0,) != shape)]
+    if not flows or not all(isinstance(f, Flow) and f.rank == len(shape) for f in flows):
+        return None
     return _join(analysis, node, flows, bound["dim"] % len(shape), shape)
 
 
@@ -222,42 +238,6 @@ def _join(analysis: Analysis, node: Node, flows: list[Flow], dim: int, shape: tu
         shape,
         tuple(labels),
         State(joined([f.state.value for f in flows]), joined([f.state.live for f in flows])),
-    )
-
-
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
-def _split(analysis: Analysis, node: Node, bound: dict[str, Any]) -> list[Flow] | None:
-    flow: Flow = bound["self"]
-    dim = bound["dim"] % flow.rank
-    return parts_of(analysis, node, flow, dim, [v.shape[dim] for v in node.meta["val"]])
-
-
-def parts_of(analysis: Analysis, node: Node, flow: Flow, dim: int, sizes: list[int]) -> list[Flow]:
-    """The flow cut into consecutive parts. Equal parts stay equal: as many channels leave each."""
-    dim %= flow.rank
-    vector = flow.labels[dim]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    if vector is not None and len(sizes) > 1:
-        if len(set(sizes)) == 1:
-            parts = [vector[e - s : e] for e, s in zip(ends, sizes, strict=True)]
-            analysis.constraints.append(Constraint("equal", where(node), parts))
-        else:
-            analysis.pin(flow, f"split into unequal parts by {where(node)}", [dim])
-    return [narrowed(flow, dim, e - s, s) for e, s in zip(ends, sizes, strict=True)]
-
-
-def narrowed(flow: Flow, dim: int, start: int, size: int, step: int = 1) -> Flow:
-    index = slice(start, start + size * step, step)
-    vector = flow.labels[dim]
-    cut = None if vector is None or size == 1 else vector[index]
-
-    def narrow(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (index,)]
-
-    return Flow(
-        (*flow.shape[:dim], size, *flow.shape[dim + 1 :]),
-        (*flow.labels[:dim], cut, *flow.labels[dim + 1 :]),
-        State(narrow(flow.state.value), narrow(flow.state.live)),
     )
 
 
@@ -361,7 +341,10 @@ def _pad(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
         amount = [0, 0] * i + [before, after]
         value = torch.nn.functional.pad(value, amount, value=fill)
         live = torch.nn.functional.pad(live.byte(), amount, value=0).bool()
-    return Flow(shape, tuple(labels), states.make(value, live))
+    padded = [flow.rank - 1 - i for i in range(len(amounts) // 2) if amounts[2 * i] or amounts[2 * i + 1]]
+    in_space = constant and fill == 0 and all(d >= 2 and flow.labels[d] is None for d in padded)
+    inner = (flow.inner or flow.state) if in_space else None
+    return Flow(shape, tuple(labels), states.make(value, live), inner=inner)
 
 
 def _bordered(
@@ -375,15 +358,3 @@ def _bordered(
         if fill is not None:
             live = live | (value != fill)
     return value, live
-
-
-@rule("glu")
-def _glu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    halves = parts_of(
-        analysis, node, bound["self"], bound["dim"], [bound["self"].shape[bound["dim"]] // 2] * 2
-    )
-    shape = halves[0].shape
-    labels = combined_labels(analysis, node, halves, shape)
-    a, b = halves[0].state, halves[1].state
-    live = (a.live | b.live) & ~a.zero()
-    return Flow(shape, labels, states.make(a.value.double() * b.value.double().sigmoid(), live))

@@ -1,0 +1,83 @@
+"""The command line of `python -m benchmarks arena`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from .. import results
+from . import report
+from .methods import ABLATION, ALL, METHODS
+from .runner import Arena
+from .training import Settings
+
+OWN = {"method", "strength", "seed"}  # of Settings: what the arena varies
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        "python -m benchmarks arena", description="Which method, for which budget, at what cost?"
+    )
+    groups = ", ".join(METHODS)
+    arguments.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(ALL), help=f"default: {groups}"
+    )
+    arguments.add_argument(
+        "--ablation", action="store_true", help=f"FFR's own choices: {', '.join(ABLATION)}"
+    )
+    arguments.add_argument(
+        "--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.12], help="shares of the FLOPs"
+    )
+    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments.add_argument("--tries", type=int, default=3, help="strengths that are tried for each method")
+    arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    arguments.add_argument("--threads", type=int, default=1, help="of each run")
+    arguments.add_argument(
+        "--out", type=Path, default=Path("runs/arena"), help="checkpoints and results of the runs"
+    )
+    arguments.add_argument(
+        "--report", type=Path, help="where the CSV, the table and the pictures go (default: --out)"
+    )
+    arguments.add_argument("--report-only", action="store_true", help="of what is finished; trains nothing")
+    for field in fields(Settings):
+        if field.name not in OWN:
+            name = f"--{field.name.replace('_', '-')}"
+            arguments.add_argument(
+                name, type=type(field.default), default=field.default, help=f"default {field.default!r}"
+            )
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    own = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name not in OWN}
+    arena = Arena(
+        methods=list(ABLATION) if options.ablation else options.methods,
+        budgets=options.budgets,
+        seeds=options.seeds,
+        base=Settings(method="none", strength=0.0, seed=0, **own),
+        out=options.out.resolve(),
+        tries=options.tries,
+        jobs=options.jobs,
+        threads=options.threads,
+    )
+    if not options.report_only:
+        arena.run()
+    rows = arena.rows()
+    if not rows:
+        print("no run is finished yet")
+        return 1
+    folder = options.report or options.out
+    name = f"{options.data}-{options.model}{'-ablation' if options.ablation else ''}"
+    about = {"commit": results.commit(), "torch": torch.__version__, "processor": results.processor()}
+    report.write_csv(rows, folder / f"{name}.csv", about)
+    for finetuned in (False, True):
+        print(
+            f"\n{'after fine-tuning' if finetuned else 'right after the cut'}\n{report.table(rows, finetuned)}"
+        )
+        report.draw(rows, folder / f"{name}{'-finetuned' if finetuned else ''}.png", finetuned)
+    print(f"\nwrote {folder / name}.csv and two pictures")
+    return 0

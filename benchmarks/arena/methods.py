@@ -1,0 +1,169 @@
+"""What is compared: each method is a list of regularizers for a strength, and a way to cut.
+
+Every regularizer follows the protocol of `ffr_ext.regularizers.base`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from examples.models import flow_layers
+from ffr_ext import FeatureFlow
+from ffr_ext.regularizers import BaseRegularizer, OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
+
+# model, example, strength -> the regularizers of a step
+Make = Callable[[nn.Module, Tensor, float], list[Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table."""
+
+    name: str
+    kind: str  # what kind of pruning it is
+    strengths: tuple[float, ...]  # those that are tried, the same number for every method
+    make: Make = field(repr=False)
+    weight_decay: Callable[[float], float] | None = None  # instead of the recipe's, by strength
+    synthesis: bool = False  # generations: what survives is drawn (StressedNets)
+
+
+def none(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return []
+
+
+def ffr(
+    model: nn.Module,
+    example: Tensor,
+    strength: float,
+    layers: Sequence[str] | None = None,
+    shares: tuple[float, float] = (1.0, 1.0),
+    **options: Any,
+) -> list[Any]:
+    """Feature flow regularization of the stem and the blocks; `shares` of the strength for length and curvature."""
+    flow = FeatureFlow(
+        model,
+        list(layers or flow_layers(model)),
+        gradient=strength * shares[0],
+        curvature=strength * shares[1],
+        **options,
+    )
+    return [flow]
+
+
+def slimming(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [ScaleLasso(model, weight=strength)]
+
+
+def group_lasso(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [SparseGroupLasso(model, weight=strength, sparse=None)]
+
+
+def sparse_group_lasso_l0(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [SparseGroupLasso(model, weight=strength, sparse="l0")]
+
+
+def oicsr(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [OutInChannelLasso(model, example, weight=strength)]
+
+
+def stress(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [Stress(model, example, attenuation=strength)]
+
+
+class TorchPruning(BaseRegularizer):
+    """Torch-Pruning's `GroupNormPruner.regularize`, somebody else's best, behind the same protocol."""
+
+    def __init__(self, model: nn.Module, example: Tensor, weight: float) -> None:
+        import torch_pruning
+
+        super().__init__(model)
+        heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        self.pruner = torch_pruning.pruner.GroupNormPruner(
+            model,
+            example,
+            importance=torch_pruning.importance.GroupNormImportance(),
+            reg=weight,
+            ignored_layers=heads[-1:],
+        )
+        self.pruner.update_regularizer()
+
+    def add_gradients_(self) -> None:
+        self.pruner.regularize(self.model)
+
+    def loss(self) -> Tensor:
+        """Its penalty is known by its gradient alone."""
+        raise NotImplementedError
+
+
+def torch_pruning(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return [TorchPruning(model, example, strength)]
+
+
+def together(first: Make, second: Make, second_share: float) -> Make:
+    """Both at once; the second with a fixed part of the strength."""
+
+    def make(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+        return [*first(model, example, strength), *second(model, example, strength * second_share)]
+
+    return make
+
+
+FILTERS, BLOCKS, BOTH = "filters (width)", "blocks (depth)", "blocks and filters"
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("none", FILTERS, (0.0, 0.0, 0.0), none),
+        Method("weight-decay", FILTERS, (1e-3, 2e-3, 1e-2), none, weight_decay=lambda strength: strength),
+        Method("slimming", FILTERS, (3e-3, 1e-2, 2e-2), slimming),
+        Method("group-lasso", FILTERS, (3e-4, 1e-3, 3e-3), group_lasso),
+        Method("sgl-l0", FILTERS, (3e-4, 1e-3, 3e-3), sparse_group_lasso_l0),
+        Method("oicsr", FILTERS, (3e-4, 1e-3, 3e-3), oicsr),
+        Method("ffr", BLOCKS, (1.0, 3.0, 6.0), ffr),
+        Method("ffr+slimming", BOTH, (0.5, 1.0, 2.0), together(ffr, slimming, 1e-2)),
+        Method("ffr+group-lasso", BOTH, (0.5, 1.0, 2.0), together(ffr, group_lasso, 1e-3)),
+        Method("ffr+oicsr", BOTH, (0.5, 1.0, 2.0), together(ffr, oicsr, 1e-3)),
+        Method("stressed-nets", FILTERS, (0.5, 0.8, 0.95), stress, synthesis=True),
+        Method("torch-pruning", FILTERS, (1e-4, 1e-3, 1e-2), torch_pruning),
+    )
+}
+
+
+def _inner(model: nn.Module) -> list[str]:
+    """The batch norms inside the blocks, in depth order, and the points of the flow among them."""
+    chosen = set(flow_layers(model))
+    return [n for n, m in model.named_modules() if n in chosen or isinstance(m, nn.BatchNorm2d)]
+
+
+def _variant(name: str, kind: str, strengths: tuple[float, ...], **options: Any) -> Method:
+    def make(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+        return ffr(model, example, strength, **options)
+
+    return Method(name, kind, strengths, make)
+
+
+def _inner_features(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
+    return ffr(model, example, strength, layers=_inner(model))
+
+
+# FFR's own open choices; `ffr` itself is the reading that the package takes by default.
+ABLATION = {
+    method.name: method
+    for method in (
+        METHODS["ffr"],
+        _variant("ffr-l2", BLOCKS, (1.0, 3.0, 6.0), norm="l2"),
+        _variant("ffr-l2-squared", BLOCKS, (1.0, 3.0, 6.0), norm="l2_squared"),
+        _variant("ffr-angle", BLOCKS, (0.1, 0.3, 1.0), curvature_kind="angle"),
+        _variant("ffr-length-only", BLOCKS, (1.0, 3.0, 6.0), shares=(1.0, 0.0)),
+        _variant("ffr-curvature-only", BLOCKS, (1.0, 3.0, 6.0), shares=(0.0, 1.0)),
+        _variant("ffr-pool", BLOCKS, (1.0, 3.0, 6.0), transition="pool"),
+        Method("ffr-inner", BOTH, (0.1, 0.3, 1.0), _inner_features),
+        Method("ffr-no-decay", BLOCKS, (1.0, 3.0, 6.0), ffr, weight_decay=lambda strength: 5e-4),
+    )
+}
+
+ALL = {**METHODS, **ABLATION}
