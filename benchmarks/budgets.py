@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ffr_ext import FeatureFlow, backends, compact_filters, ffr_loss, filter_norms
+from ffr_ext.regularizers.fused import add_scaled_, row_column_norms, shrink_
 
 from . import networks
 from .harness import memory_timeline, profiled
@@ -156,13 +157,19 @@ def count_flow(backend: str) -> dict[str, Counts]:
 
 
 def count_filters(backend: str) -> dict[str, Counts]:
-    """Norms and gather of the weights and vectors of a small ResNet: what a list of many tensors costs."""
+    """Norms, gather and scaling of the weights and vectors of a small ResNet: what a list of many tensors costs."""
     device = "cpu" if backend == "cpu" else "cuda"
     tensors = [t for t in networks.cifar_resnet(20).to(device).state_dict().values() if t.dim() > 0]
     keep = [torch.arange(0, t.shape[0], 2, device=device) for t in tensors]
+    wide = [t for t in tensors if t.dim() > 1]
+    grads = [torch.zeros_like(t) for t in wide]
+    rows, columns = ([torch.ones(t.shape[d], device=device) for t in wide] for d in (0, 1))
     runs: dict[str, Callable[[], Any]] = {
         "filter_norms": lambda: filter_norms(tensors, backend=backend),
         "compact_filters": lambda: compact_filters(tensors, keep, backend=backend),
+        "row_column_norms": lambda: row_column_norms(wide, backend=backend),
+        "add_scaled_": lambda: add_scaled_(grads, wide, rows, columns, backend=backend),
+        "shrink_": lambda: shrink_(grads, rows, columns, backend=backend),
     }
     for run in runs.values():
         run()
@@ -185,12 +192,14 @@ def count_here() -> dict[str, Counts]:
 # Counting instructions
 # --------------------------------------------------------------------------------------------------
 
-NATIVE_LENGTH, NATIVE_FILTERS, NATIVE_NUMEL = 5, 64, 8192
+NATIVE_LENGTH, NATIVE_FILTERS, NATIVE_NUMEL, NATIVE_ROWS = 5, 64, 8192, 8
 NATIVE = [
     (kernel, dtype)
     for kernel in ("forward", "forward_signs", "forward_squared", "backward", "backward_squared")
     for dtype in ("float32", "bfloat16")
 ] + [(kernel, "float32") for kernel in ("norms", "norms_of_columns", "norms_of_biases")]
+GROUPS = {"norms_of_both": "row_column_norms", "add_scaled": "add_scaled", "shrink": "shrink"}
+NATIVE += [(kernel, "float32") for kernel in GROUPS]
 
 
 def missing_for_native() -> str | None:
@@ -231,16 +240,24 @@ def count_native(programs: Path, kernel: str, dtype: str, isa: str) -> Counts | 
 
     Valgrind knows no AVX-512 and hides it from the program.
     """
-    norms = kernel.startswith("norms")
-    entry = "ffr::filter_norms*" if norms else f"ffr::flow_{kernel.split('_')[0]}*"
+    program, entry, count = "count_flow", f"flow_{kernel.split('_')[0]}", NATIVE_LENGTH
+    if kernel in GROUPS:
+        program, entry, count = "count_groups", GROUPS[kernel], NATIVE_ROWS
+    elif kernel.startswith("norms"):
+        program, entry, count = "count_norms", "filter_norms", NATIVE_FILTERS
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "out"
-        command = ["valgrind", "--tool=callgrind", "--cache-sim=yes", f"--toggle-collect={entry}"]
+        command = ["valgrind", "--tool=callgrind", "--cache-sim=yes", f"--toggle-collect=ffr::{entry}*"]
         command += [
             f"--callgrind-out-file={output}",
-            str(programs / ("count_norms" if norms else "count_flow")),
+            str(programs / program),
         ]
-        command += [kernel, dtype, str(NATIVE_FILTERS if norms else NATIVE_LENGTH), str(NATIVE_NUMEL)]
+        command += [
+            kernel,
+            dtype,
+            str(count),
+            str(NATIVE_NUMEL),
+        ]
         done = subprocess.run(
             command,
             check=True,

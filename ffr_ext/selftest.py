@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TextIO
@@ -21,6 +21,7 @@ from torch import Tensor
 from . import backends, reference
 from .functional import ffr_loss
 from .pruning import compact_filters, filter_norms
+from .regularizers.fused import add_scaled_, row_column_norms, shrink_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,7 +92,8 @@ class SelfTest:
 def selftest(backend: str | None = None, *, file: TextIO | None = None) -> SelfTest:
     """Compare the kernels of every available backend with the reference in float64, and print a table.
 
-    Loss and gradients over dtypes, norms, layouts, ties and odd sizes; filter norms; compaction. An error may be
+    Loss and gradients over dtypes, norms, layouts, ties and odd sizes; filter norms; compaction; scaling by rows and
+    columns. An error may be
     as large as that of plain torch in the same dtype plus 8 units in the last place. The same as
     `python -m ffr_ext selftest`, which exits with status 1 on a mismatch.
 
@@ -115,6 +117,9 @@ def selftest(backend: str | None = None, *, file: TextIO | None = None) -> SelfT
             )
             outcome.checks.append(_run(name, device, "filter norms", dtype, _norm_cases(name, device, dtype)))
             outcome.checks.append(_run(name, device, "compaction", dtype, _gather_cases(name, device, dtype)))
+            outcome.checks.append(
+                _run(name, device, "group scaling", dtype, _group_cases(name, device, dtype))
+            )
     outcome.seconds = time.perf_counter() - began
     if not outcome.checks:
         print(
@@ -232,6 +237,52 @@ def _norm_cases(backend: str, device: str, dtype: torch.dtype) -> Iterator[tuple
                 return error, allowed
 
             yield f"p={p}, dim={dim}", case
+
+        def both(p: float = p) -> tuple[float, float]:
+            truth = row_column_norms([w.double() for w in weights], p, backend="reference")
+            ours = row_column_norms(weights, p, backend=backend)
+            return _worst(
+                (a, b)
+                for pair, true in zip(ours, truth, strict=True)
+                for a, b in zip(pair, true, strict=True)
+            )
+
+        yield f"p={p}, rows and columns", both
+
+
+def _worst(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> tuple[float, float]:
+    """The largest error over what is allowed among pairs of results and truths."""
+    error, allowed = 0.0, 1.0
+    for ours, truth in pairs:
+        if ours is None or truth is None or truth.numel() == 0:
+            continue
+        unit = ALLOWED_UNITS * torch.finfo(ours.dtype).eps * truth.abs().max().item()
+        here = (ours.double() - truth).abs().max().item()
+        if not here * allowed <= error * unit:  # NaN is worse than anything
+            error, allowed = here, unit
+    return error, allowed
+
+
+def _group_cases(backend: str, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
+    weights = _weights(device, dtype)
+    norms = row_column_norms([w.double() for w in weights], backend="reference")
+    rows, columns = ([1 + side for side in sides if side is not None] for sides in zip(*norms, strict=True))
+
+    def add() -> tuple[float, float]:
+        grads = [w.clone() for w in weights]
+        truth = [w.double() for w in weights]
+        add_scaled_(grads, weights, rows, columns, -0.5, 0.7, backend=backend)
+        add_scaled_(truth, [t.clone() for t in truth], rows, columns, -0.5, 0.7, backend="reference")
+        return _worst(zip(grads, truth, strict=True))
+
+    def shrink() -> tuple[float, float]:
+        ours, truth = [w.clone() for w in weights], [w.double() for w in weights]
+        shrink_(ours, rows, columns, 0.0, backend=backend)
+        shrink_(truth, rows, columns, 0.0, backend="reference")
+        return _worst(zip(ours, truth, strict=True))
+
+    yield "add", add
+    yield "shrink", shrink
 
 
 def _gather_cases(backend: str, device: str, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:

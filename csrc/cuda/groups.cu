@@ -238,26 +238,28 @@ struct ScaleArgs {
 };
 static_assert(kMaxScaleItems<float> >= 54, "the weights of a ResNet-50 are one launch");
 
-// Where an element lies: the slices of both dimensions, and its place in the last.
+// Where an element lies: the slices of both dimensions, and its places behind them. Found by division once
+// for an access, then counted on.
 template <typename T, bool kShrink>
 struct Place {
   const ScaleItem<T>& item;
-  uint32_t first, second, inner;
-  uint64_t run;
+  uint32_t first, middle, second, inner;
 
   __device__ __forceinline__ Place(const ScaleItem<T>& item, uint64_t element) : item(item) {
-    const uint64_t slice = element / item.inner;
+    const uint64_t slice = element / item.inner, run = slice / item.seconds, outer = run / item.middle;
     inner = static_cast<uint32_t>(element - slice * item.inner);
-    run = slice / item.seconds;
     second = static_cast<uint32_t>(slice - run * item.seconds);
-    first = static_cast<uint32_t>(run / item.middle % item.firsts);
+    middle = static_cast<uint32_t>(run - outer * item.middle);
+    first = static_cast<uint32_t>(outer % item.firsts);
   }
   __device__ __forceinline__ void next() {
     if (++inner < item.inner) return;
     inner = 0;
     if (++second < item.seconds) return;
     second = 0;
-    first = static_cast<uint32_t>(++run / item.middle % item.firsts);
+    if (++middle < item.middle) return;
+    middle = 0;
+    if (++first == item.firsts) first = 0;
   }
   __device__ __forceinline__ Compute<T> factor() const {
     using C = Compute<T>;

@@ -301,8 +301,9 @@ class _Matrix(NamedTuple):
             return cls(outer, rows, inner // (columns * inner_1), columns, inner_1, True)
         return cls(outer_1, columns, inner_1 // (rows * inner), rows, inner, False)
 
-    def tiles(self, rows: int, columns: int) -> tuple[int, int]:
-        return triton.cdiv(self.runs, rows), triton.cdiv(self.columns, columns)
+    def tiles(self, tile: tuple[int, int], parts: int = 1) -> tuple[int, int]:
+        """Programs below and beside each other, each taking `parts` tiles (rows, columns) below each other."""
+        return triton.cdiv(self.runs, tile[0] * parts), triton.cdiv(self.columns, tile[1])
 
     def whole(self, tensors: Sequence[Tensor]) -> bool:
         """Whether every run of the tensors begins at a whole access."""
@@ -319,8 +320,7 @@ def pair_norms(weights: Sequence[Tensor], p: float, out: Tensor, begins: Sequenc
     norm = {1.0: 1, 2.0: 2, float("inf"): 0}[p]
     matrices = [_Matrix.of(w) for w in weights]
     tiles_of = [
-        m.tiles(sizes.PAIR_ROWS * sizes.PAIR_PARTS, 32 * sizes.vector_length(w.dtype))
-        for m, w in zip(matrices, weights, strict=True)
+        m.tiles(sizes.pair_tile(w.dtype), sizes.PAIR_PARTS) for m, w in zip(matrices, weights, strict=True)
     ]
     left, places = [], 0  # where each tensor's tiles leave their sums
     for matrix, (down, across) in zip(matrices, tiles_of, strict=True):
@@ -348,8 +348,8 @@ def pair_norms(weights: Sequence[Tensor], p: float, out: Tensor, begins: Sequenc
                     TENSORS=triton.next_power_of_2(len(rows)),
                     ROW=ROW,
                     PARTS=sizes.PAIR_PARTS,
-                    ROWS=sizes.PAIR_ROWS,
-                    COLS=32 * vec,
+                    ROWS=sizes.pair_tile(dtype)[0],
+                    COLS=sizes.pair_tile(dtype)[1],
                     num_warps=sizes.PAIR_WARPS,
                     **sizes.LAUNCH,
                 )
@@ -440,7 +440,7 @@ def _scale(
             if weight.dtype != dtype or weight.numel() == 0:
                 continue
             matrix = _Matrix.of(weight)
-            down, across = matrix.tiles(sizes.PAIR_ROWS, 32 * vec)
+            down, across = matrix.tiles(sizes.pair_tile(dtype))
             first, programs = programs, programs + down * across
             factors = [side.data_ptr() if side.numel() else 0 for side in (r, q)]
             if not matrix.rows_first:
@@ -463,8 +463,8 @@ def _scale(
                 VEC=vec,
                 TENSORS=triton.next_power_of_2(len(items)),
                 ROW=ROW,
-                ROWS=sizes.PAIR_ROWS,
-                COLS=32 * vec,
+                ROWS=sizes.pair_tile(dtype)[0],
+                COLS=sizes.pair_tile(dtype)[1],
                 num_warps=sizes.PAIR_WARPS,
                 **sizes.LAUNCH,
             )

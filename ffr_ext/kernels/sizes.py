@@ -34,11 +34,11 @@ ADD_WARPS = 8
 ADD_BLOCK = 1024
 ADD_PART = 4096
 
-# Rows and columns of weights: a program's tile is one access of 32 lanes wide; 4 warps of 4 rows each have 4
-# accesses of each tensor in flight. Norms take 8 such tiles, one below the other: their columns leave 8 bytes
-# of sums for 128 elements read.
+# Rows and columns of weights: a program's tile is one access of 32 lanes wide and 2048 elements large, 8 KiB of
+# fp32 in flight for each tensor read; twice that spills in bf16. Norms take 8 tiles, one below the other: their
+# columns leave 8 bytes of sums for every 128 elements of fp32.
 PAIR_WARPS = 4
-PAIR_ROWS = 16
+PAIR_TILE = 2048
 PAIR_PARTS = 8
 PAIR_BLOCK = 128
 
@@ -49,6 +49,12 @@ LAUNCH: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 # Filters: one program per filter.
 FILTER_WARPS = 4
 FILTER_BLOCK = 1024
+
+
+def pair_tile(dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    columns = 32 * vector_length(dtype)
+    return PAIR_TILE // columns, columns
 
 
 def vector_length(dtype: torch.dtype) -> int:

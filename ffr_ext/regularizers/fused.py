@@ -190,13 +190,17 @@ def _lie_alike(a: Tensor, b: Tensor) -> bool:
 def _vectors(weights: list[Tensor], scales: list[_Scale]) -> tuple[list[Tensor], list[Tensor]]:
     nothing = weights[0].new_empty(0)
     rows, columns = (
-        [
-            nothing if factors is None else factors.detach().to(_compute_dtype(weight)).contiguous()
-            for factors, weight in zip(side, weights, strict=True)
-        ]
+        [nothing if f is None else _plain(f, w) for f, w in zip(side, weights, strict=True)]
         for side in zip(*scales, strict=True)
     )
     return rows, columns
+
+
+def _plain(factors: Tensor, weight: Tensor) -> Tensor:
+    dtype = _compute_dtype(weight)
+    if factors.dtype == dtype and factors.is_contiguous():
+        return factors
+    return factors.to(dtype).contiguous()
 
 
 def _bring_back(tensors: list[Tensor], written: list[Tensor]) -> None:

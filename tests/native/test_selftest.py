@@ -76,6 +76,28 @@ def test_a_kernel_that_leaves_nan_or_raises_makes_it_fail(
         assert not ffr_ext.selftest("cpu", file=io.StringIO())
 
 
+@pytest.mark.parametrize("name", ["add_scaled_", "shrink_"])
+def test_a_wrong_group_kernel_makes_it_fail(
+    name: str, small: None, fused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ops.kernel
+
+    def wrong(asked: str, backend: str) -> Callable[..., Any]:
+        op = right(asked, backend)
+        if asked != name:
+            return op
+
+        def off_by_a_little(*args: Any) -> None:
+            op(*args)
+            args[0][0].view(-1)[-1] += 1
+
+        return off_by_a_little
+
+    monkeypatch.setattr(ops, "kernel", wrong)
+    outcome = ffr_ext.selftest("cpu", file=io.StringIO())
+    assert {c.what for c in outcome.checks if not c.ok} == {"group scaling"}
+
+
 def test_a_wrong_pruning_kernel_makes_it_fail(
     small: None, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
