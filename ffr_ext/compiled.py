@@ -54,11 +54,27 @@ def empty_stats(
     return stats, torch.empty(packed, dtype=torch.uint8, device=device)
 
 
+def _becomes_channels_last(layout: Layout, device: torch.device) -> bool:
+    """Whether Inductor is expected to lay out a feature in channels_last that is contiguous in the traced graph: images
+    on the CPU, where its convolutions want that. Which layers made the feature cannot be seen here."""
+    image = layout.contiguous and len(layout.shape) == 4
+    return image and device.type == "cpu" and _CHANNELS_LAST_CONVOLUTIONS
+
+
+def to_leave_graph(feature: Tensor, copied: bool) -> Tensor:
+    """A feature as it should leave a traced graph: outputs get the traced strides, which would transpose it. `copied`:
+    never the same tensor."""
+    if _becomes_channels_last(Layout.of(feature), feature.device):
+        left = feature.contiguous(memory_format=torch.channels_last)
+        if left is not feature:
+            return left
+    return feature.clone() if copied else feature
+
+
 def walked_layouts(layouts: Sequence[Layout], device: torch.device, leading: int) -> Sequence[Layout]:
     """How the features of a stage are walked in a traced graph, and their gradients lie."""
     shape = layouts[0].shape
-    contiguous = all([layout.contiguous for layout in layouts])  # noqa: C419  as in `stages.align`
-    if contiguous and len(shape) == 4 and device.type == "cpu" and _CHANNELS_LAST_CONVOLUTIONS:
+    if all([_becomes_channels_last(layout, device) for layout in layouts]):  # noqa: C419  as in `stages.align`
         _batch, channels, height, width = shape
         strides = (channels * height * width, 1, width * channels, channels)
         return [Layout(layout.shape, strides, layout.dtype, False) for layout in layouts]
