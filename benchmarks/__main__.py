@@ -23,6 +23,7 @@ from . import (
     bench_loss,
     bench_scaling,
     bench_step,
+    bench_step_compiled,
     processes,
     report,
     results,
@@ -33,6 +34,7 @@ BENCHES = {
     "loss": bench_loss.main,
     "scaling": bench_scaling.main,
     "step": bench_step.main,
+    "step-compiled": bench_step_compiled.main,
     "compaction": bench_compaction.main,
     "groups": bench_groups.main,
 }
