@@ -59,10 +59,11 @@ class CompiledStep:
     def run(self) -> None:
         """Forward, loss, backward, optimizer."""
         with torch.autocast(self.device.type, self.case.autocast, enabled=self.case.autocast is not None):
-            if self.flow is None:
-                loss = self.loss(self.x, self.y)
-            else:
-                loss = F.cross_entropy(self.logits(self.x), self.y)
+            loss = (
+                self.loss(self.x, self.y)
+                if self.flow is None
+                else F.cross_entropy(self.logits(self.x), self.y)
+            )
         if self.flow is not None:
             loss = loss + self.flow.loss()
         loss.backward()

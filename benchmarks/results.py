@@ -154,7 +154,8 @@ def print_table(rows: Sequence[Row]) -> None:
         if row.error is not None:
             parts.append(f"error {row.error:.1e}")
         if "added_time_percent" in row.config:
-            added = (row.config["added_time_percent"], row.config["added_peak_percent"])
-            parts.append("added {:+.1f} % time, {:+.1f} % peak memory".format(*added))
+            parts.append(f"added {row.config['added_time_percent']:+.1f} % time")
+        if "added_peak_percent" in row.config:
+            parts.append(f"added {row.config['added_peak_percent']:+.1f} % peak memory")
         print(" ".join(parts))
     sys.stdout.flush()
