@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,8 @@ class Status(NamedTuple):
 
 
 class BackendFallbackWarning(RuntimeWarning):
-    """``backend="auto"`` found no kernel for a CUDA tensor and computes in plain torch: correct, but slow."""
+    """``backend="auto"`` found no kernel for the tensors of an accelerator and computes in plain torch: correct, but
+    slow. Given once for each device."""
 
 
 def available() -> dict[str, Status]:
@@ -53,65 +54,82 @@ def available() -> dict[str, Status]:
     return {name: _STATUS[name]() for name in BACKENDS}
 
 
-_resolved: dict[tuple[str, str], str] = {}
+_resolved: dict[tuple[str, torch.device | str], str] = {}
 
 
 @constant_when_compiled  # it cannot trace the loading of a library
-def resolve(backend: str, device_type: str) -> str:
-    """The concrete backend for tensors on ``device_type`` (``tensor.device.type``).
+def resolve(backend: str, device: torch.device | str) -> str:
+    """The concrete backend for tensors on ``device``. Each GPU is asked for itself: one that is too old for the
+    kernels does not take them from the others.
 
-    ``"auto"``: on ``cuda`` the first of cuda, triton, reference that works; on ``cpu`` the first of cpu,
+    ``"auto"``: on ``cuda`` the first of cuda, triton, reference that works there; on ``cpu`` the first of cpu,
     reference; elsewhere reference. The answer is kept, so that a second call costs one dictionary look-up.
 
     Raises ValueError for an unknown name, or a backend that does not take tensors on that device;
-    RuntimeError, with the reason, for an explicit backend that does not work in this process.
+    RuntimeError, with the reason, for an explicit backend that does not work there.
     """
     try:
-        name = _resolved.get((backend, device_type))
+        name = _resolved.get((backend, device))
     except TypeError:  # a list, say: no name, as `_resolve` says
         name = None
     if name is None:
-        name = _resolve(backend, device_type)
-        _resolved[backend, device_type] = name
+        name = _resolve(backend, torch.device(device))
+        _resolved[backend, device] = name
     return name
 
 
-def _resolve(backend: str, device_type: str) -> str:
+def _resolve(backend: str, device: torch.device) -> str:
     if backend == "auto":
-        return _resolve_auto(device_type)
+        return _resolve_auto(device)
     if backend not in BACKENDS:
         valid = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {valid}, got {backend!r}")
     takes = _devices_of(backend)
-    if takes is not None and device_type not in takes:
+    if takes is not None and device.type not in takes:
         raise ValueError(
-            f"backend={backend!r} takes tensors on {' or '.join(takes)}, got tensors on {device_type}"
+            f"backend={backend!r} takes tensors on {' or '.join(takes)}, got tensors on {device.type}"
             + ("; TRITON_INTERPRET=1 runs Triton's kernels on cpu tensors" if backend == "triton" else "")
         )
-    status = _STATUS[backend]()
+    status = _status_on(backend, device)
     if not status.available:
         raise RuntimeError(f"backend={backend!r} is not available: {status.reason}")
     return backend
 
 
-def _resolve_auto(device_type: str) -> str:
-    if device_type == "cpu":
+def _resolve_auto(device: torch.device) -> str:
+    if device.type == "cpu":
         return "cpu" if native() is not None else "reference"
-    if device_type != "cuda":
+    if device.type == "meta":
+        return "reference"
+    if device.type != "cuda":
+        _warn_of_fallback(device, "its kernels are for CPUs and for CUDA")
         return "reference"
     reasons = []
     for name in ("cuda", "triton"):
-        status = _STATUS[name]()
+        status = _status_on(name, device)
         if status.available:
             return name
         reasons.append(f"{name}: {status.reason}")
-    warnings.warn(
-        "no ffr_ext kernel serves the CUDA tensors of this process, plain torch does (backend='reference'). "
-        + "; ".join(reasons),
-        BackendFallbackWarning,
-        stacklevel=4,
-    )
+    _warn_of_fallback(device, "; ".join(reasons))
     return "reference"
+
+
+def _warn_of_fallback(device: torch.device, why: str) -> None:
+    warnings.warn(
+        f"no ffr_ext kernel serves tensors on {device}, plain torch does (backend='reference'). {why}",
+        BackendFallbackWarning,
+        stacklevel=5,
+    )
+
+
+def _status_on(backend: str, device: torch.device) -> Status:
+    """Whether a backend works for tensors of that device."""
+    status = _STATUS[backend]()
+    if not status.available or device.type != "cuda" or backend not in _REFUSES:
+        return status
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = _REFUSES[backend](index)
+    return Status(False, reason) if reason else status
 
 
 def _devices_of(backend: str) -> tuple[str, ...] | None:
@@ -158,15 +176,19 @@ def _cuda_status() -> Status:
         )
     if not info["torch_has_cuda"]:
         return Status(False, "the native library does not find the CUDA part of libtorch")
-    archs = info["cuda_archs"]
-    for index, capability in _capabilities():
-        if not covers(archs, capability):
-            built = ", ".join(archs)
-            return Status(
-                False,
-                f"cuda:{index} has compute capability {_dotted(capability)}, the kernels are for {built}",
-            )
-    return Status(True, f"CUDA kernels for {', '.join(archs)} (nvcc {info['nvcc']})")
+    archs = ", ".join(info["cuda_archs"])
+    return _if_any_gpu(_cuda_refuses, f"CUDA kernels for {archs} (nvcc {info['nvcc']})")
+
+
+def _cuda_refuses(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a GPU, or None."""
+    module = native()
+    archs, capability = module.build_info()["cuda_archs"] if module else [], _capability(index)
+    if covers(archs, capability):
+        return None
+    return (
+        f"cuda:{index} has compute capability {_dotted(capability)}, the kernels are for {', '.join(archs)}"
+    )
 
 
 def _triton_status() -> Status:
@@ -177,15 +199,28 @@ def _triton_status() -> Status:
     missing = _no_gpu("triton")
     if missing:
         return Status(False, missing)
-    if not torch.version.hip:
-        for index, capability in _capabilities():
-            if capability < TRITON_MIN_CAPABILITY:
-                least = _dotted(TRITON_MIN_CAPABILITY)
-                return Status(
-                    False,
-                    f"cuda:{index} has compute capability {_dotted(capability)}, Triton needs {least}",
-                )
-    return Status(True, "Triton kernels, compiled on first use")
+    if torch.version.hip:
+        return Status(
+            True, "Triton kernels for ROCm, compiled on first use; they have not been run on an AMD GPU"
+        )
+    return _if_any_gpu(_triton_refuses, "Triton kernels, compiled on first use")
+
+
+def _triton_refuses(index: int) -> str | None:
+    """Why Triton's kernels do not run on a GPU, or None."""
+    if torch.version.hip or _capability(index) >= TRITON_MIN_CAPABILITY:
+        return None
+    least = _dotted(TRITON_MIN_CAPABILITY)
+    return f"cuda:{index} has compute capability {_dotted(_capability(index))}, Triton needs {least}"
+
+
+def _if_any_gpu(refuses: Callable[[int], str | None], what: str) -> Status:
+    """Available if one of the visible GPUs takes the kernels; the reason names those that do not."""
+    reasons = [refuses(index) for index in range(torch.cuda.device_count())]
+    refused = [reason for reason in reasons if reason]
+    if len(refused) == len(reasons):
+        return Status(False, "; ".join(refused))
+    return Status(True, "; but ".join([what, *refused]))
 
 
 _STATUS: dict[str, Callable[[], Status]] = {
@@ -194,6 +229,9 @@ _STATUS: dict[str, Callable[[], Status]] = {
     "cpu": _cpu_status,
     "reference": _reference_status,
 }
+
+# For the backends that may work on some GPUs of a machine alone.
+_REFUSES: dict[str, Callable[[int], str | None]] = {"cuda": _cuda_refuses, "triton": _triton_refuses}
 
 
 def _no_gpu(backend: str) -> str | None:
@@ -204,10 +242,8 @@ def _no_gpu(backend: str) -> str | None:
     return None
 
 
-def _capabilities() -> Iterable[tuple[int, tuple[int, int]]]:
-    """(index, compute capability) of every visible GPU: a process may use any of them."""
-    for index in range(torch.cuda.device_count()):
-        yield index, torch.cuda.get_device_capability(index)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def covers(archs: Sequence[str], capability: tuple[int, int]) -> bool:

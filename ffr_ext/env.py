@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
             "interpret": os.environ.get("TRITON_INTERPRET"),
         },
         "gpus": _gpus(),
+        "accelerator": _other_accelerator(),
         "native": native,
         "backends": {name: status._asdict() for name, status in backends.available().items()},
     }
@@ -83,6 +84,13 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _other_accelerator() -> str | None:
+    """The accelerator of this torch that is no `cuda` device (which ROCm's are too), for which there are no
+    kernels."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if device is None or device.type == "cuda" else device.type
+
+
 def _text(config: dict[str, Any]) -> str:
     torch_, triton, native = config["torch"], config["triton"], config["native"]
     gpu_build = (
@@ -107,7 +115,9 @@ def _text(config: dict[str, Any]) -> str:
                 f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB",
             )
         )
-    if not config["gpus"]:
+    if config["accelerator"]:
+        rows.append((config["accelerator"], "no kernels of ffr_ext for it: plain torch serves (reference)"))
+    elif not config["gpus"]:
         rows.append(("gpu", "none"))
     if native["error"]:
         rows.append(("native", native["error"]))

@@ -66,7 +66,7 @@ def flow_terms(
     listed = checks.feature_list(features)
     plan = _plan(listed, transition, _are_plain(listed))
     positions = _positions(mask, plan)
-    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device.type), positions, _stats)
+    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device), positions, _stats)
 
 
 def ffr_loss(
@@ -173,7 +173,7 @@ def penalty(
     _warn_if_without_effect(on_gradient, on_curvature, plan)
     positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
-    backend = backends.resolve(options.backend, device.type)
+    backend = backends.resolve(options.backend, device)
     if (
         plain
         and positions is None

@@ -26,6 +26,13 @@ _TYPES = {
 
 
 @triton.jit
+def _place(tile, across):
+    """Of a tile, the ones above and beside it. Divided in 32 bits: in 64 it is a call with a stack."""
+    down = tile.to(tl.int32) // across.to(tl.int32)
+    return down.to(tl.int64), tile - down * across
+
+
+@triton.jit
 def _combine(a, b, NORM: tl.constexpr):
     if NORM == 0:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -64,8 +71,8 @@ def _norms_of_tile(
         )
         if NORM == 2:
             value = value * value
-        total = _combine(total, value, NORM)
         tl.store(sums + run, _along(value, 1, NORM), mask=run < runs)
+        total = _combine(total, value, NORM)
     tl.store(tile_sums + column, _along(total, 0, NORM), mask=column < columns)
 
 
@@ -91,10 +98,11 @@ def pair_norms_kernel(
     tile = program - tl.load(row + 4)
     address = tl.load(row + 5)
     sums += tl.load(row + 6)
-    of_columns = sums + across * runs + tile // across * columns
-    of_runs = sums + tile % across * runs
-    first_run = tile // across * (PARTS * ROWS)
-    first_column = tile % across * COLS
+    down, beside = _place(tile, across)
+    of_columns = sums + across * runs + down * columns
+    of_runs = sums + beside * runs
+    first_run = down * (PARTS * ROWS)
+    first_column = beside * COLS
     if tl.load(row + 7) == 1:  # whole accesses: every run begins at one
         _norms_of_tile(
             tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16),
@@ -224,8 +232,9 @@ def scale_kernel(
     inner = tl.load(row + 12)
     slope = tl.load(numbers + 2 * item)
     tau = tl.load(numbers + 2 * item + 1)
-    first_run = tile // across * ROWS
-    first_column = tile % across * COLS
+    down, beside = _place(tile, across)
+    first_run = down * ROWS
+    first_column = beside * COLS
     if tl.load(row + 7) == 1:
         _scale_tile(
             tl.multiple_of(weight.to(tl.pointer_type(TYPE)), 16),

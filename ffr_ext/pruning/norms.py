@@ -62,7 +62,7 @@ def norms_along(tensors: list[Tensor], p: float, dims: list[int], backend: str) 
     with torch.no_grad():
         for device in dict.fromkeys(w.device for w in tensors):
             members = [i for i, w in enumerate(tensors) if w.device == device]
-            chosen = backends.resolve(backend, device.type)
+            chosen = backends.resolve(backend, device)
             on_device, on_dims = [tensors[i] for i in members], [dims[i] for i in members]
             results.update(zip(members, _norms(on_device, on_dims, float(p), chosen), strict=True))
     return [results[i] for i in range(len(tensors))]

@@ -254,7 +254,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 def _by_device(tensors: Sequence[Tensor], backend: str) -> list[tuple[str, list[int]]]:
     """A concrete backend for the tensors of each device: all are found before anything is written."""
     devices = list(dict.fromkeys(t.device for t in tensors))
-    chosen = [backends.resolve(backend, device.type) for device in devices]
+    chosen = [backends.resolve(backend, device) for device in devices]
     if len(devices) == 1:
         return [(chosen[0], list(range(len(tensors))))]
     return [

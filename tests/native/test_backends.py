@@ -30,6 +30,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> Any:
             status = backends.Status(name in names, f"{name} says so")
             monkeypatch.setitem(backends._STATUS, name, lambda status=status: status)
         monkeypatch.setattr(backends, "native", lambda: types.ModuleType("_C") if "cpu" in names else None)
+        monkeypatch.setattr(backends, "_REFUSES", {})
 
     return set_available
 
@@ -45,6 +46,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("meta", ("cuda", "triton", "cpu"), "reference"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::ffr_ext.backends.BackendFallbackWarning")
 def test_auto_takes_the_best_backend_for_the_device(
     works: Any, device: str, available: Any, chosen: str
 ) -> None:
@@ -136,6 +138,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(backends, "_importable", lambda name: True)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -160,7 +163,7 @@ def test_an_old_gpu_gets_the_reference_and_a_message(machine: Any) -> None:
         ([(12, 1)], {}, "cuda"),
         ([(13, 0)], {}, "cuda"),  # from PTX
         ([(11, 0)], {}, "triton"),  # between two majors, older than the PTX
-        ([(9, 0), (7, 5)], {}, "reference"),  # any visible GPU may be used
+        ([(9, 0), (7, 5)], {}, "cuda"),  # the second is too old, and is another
         ([(9, 0)], {"cuda": False}, "triton"),
         ([(9, 0)], {"torch_has_cuda": False}, "triton"),
         ([(9, 0)], {"cuda_archs": ["80"]}, "triton"),
@@ -169,7 +172,41 @@ def test_an_old_gpu_gets_the_reference_and_a_message(machine: Any) -> None:
 @pytest.mark.filterwarnings("ignore::ffr_ext.backends.BackendFallbackWarning")
 def test_the_kernels_that_run_on_a_gpu(machine: Any, capabilities: Any, info: Any, chosen: str) -> None:
     machine(*capabilities, **info)
-    assert backends.resolve("auto", "cuda") == chosen
+    assert backends.resolve("auto", "cuda:0") == backends.resolve("auto", "cuda") == chosen
+
+
+def test_one_old_gpu_does_not_take_the_kernels_from_the_others(machine: Any) -> None:
+    machine((9, 0), (7, 0), (12, 0))
+    assert backends.resolve("auto", torch.device("cuda", 0)) == "cuda"
+    assert backends.resolve("auto", torch.device("cuda", 2)) == "cuda"
+    with pytest.warns(backends.BackendFallbackWarning, match=r"tensors on cuda:1.*compute capability 7\.0"):
+        assert backends.resolve("auto", torch.device("cuda", 1)) == "reference"
+    for name, least in (("cuda", "the kernels are for 80"), ("triton", r"Triton needs 8\.0")):
+        assert backends.resolve(name, torch.device("cuda", 0)) == name
+        with pytest.raises(RuntimeError, match=rf"cuda:1 has compute capability 7\.0, {least}"):
+            backends.resolve(name, torch.device("cuda", 1))
+        status = backends.available()[name]
+        assert status.available
+        assert "; but cuda:1 has compute capability 7.0" in status.reason
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "hpu"])
+def test_auto_on_another_accelerator_says_once_that_plain_torch_serves(device: str) -> None:
+    with pytest.warns(backends.BackendFallbackWarning, match=f"no ffr_ext kernel serves tensors on {device}"):
+        assert backends.resolve("auto", device) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", device) == "reference"
+        assert backends.resolve("auto", "meta") == "reference"
+
+
+def test_rocm_is_told_what_serves_and_what_does_not(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends.resolve("auto", "cuda:0") == "triton"
+    assert "built for ROCm" in backends.available()["cuda"].reason
+    assert "have not been run on an AMD GPU" in backends.available()["triton"].reason
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ TRITON_STAGES_SM90 = [
 ]
 
 
-def compile_triton(arch: int, directory: Path) -> None:
-    """In a process of its own, without the interpreter: writes the cubins and a list of what they are."""
+def compile_triton(arch: int | str, directory: Path) -> None:
+    """In a process of its own, without the interpreter: writes the binaries and a list of what they are."""
     import torch
     from machine_code import compile_launch, recorded_launches
 
@@ -161,8 +161,9 @@ def compile_triton(arch: int, directory: Path) -> None:
     def add(name: str, launches: list[Any], **about: Any) -> None:
         for launch in launches:
             path = directory / f"{len(index)}.cubin"
-            path.write_bytes(compile_launch(launch, arch).asm["cubin"])
-            index.append(dict(name=f"{name} {launch[0].__name__}", path=str(path), **about))
+            path.write_bytes(compile_launch(launch, arch).asm["hsaco" if isinstance(arch, str) else "cubin"])
+            kernel = launch[0].__name__
+            index.append(dict(name=f"{name} {kernel}", kernel=kernel, path=str(path), **about))
 
     for dtype_name, length, squared, numel in TRITON_STAGES + (TRITON_STAGES_SM90 if arch == 90 else []):
         dtype = getattr(torch, dtype_name)
@@ -203,29 +204,39 @@ def compile_triton(arch: int, directory: Path) -> None:
     (directory / "index.json").write_text(json.dumps(index))
 
 
+def compiled_index(arch: int | str, directory: Path) -> list[dict[str, Any]]:
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(arch), str(directory)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    index: list[dict[str, Any]] = json.loads((directory / "index.json").read_text())
+    return index
+
+
+def written_kernels() -> set[str]:
+    source = "".join((ROOT / "ffr_ext/kernels" / f"{name}.py").read_text() for name in TRITON_SOURCES)
+    return set(re.findall(r"def (\w+_kernel)\(", source))
+
+
 @pytest.fixture(scope="module", params=TRITON_ARCHS, ids=lambda arch: f"sm_{arch}")
 def triton_kernels(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[dict[str, Any], Kernel]]:
     pytest.importorskip("triton")
-    directory = Path(tmp_path_factory.mktemp(f"triton{request.param}"))
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(request.param), str(directory)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    index = json.loads((directory / "index.json").read_text())
+    index = compiled_index(request.param, Path(tmp_path_factory.mktemp(f"triton{request.param}")))
     return [(item, kernel) for item in index for kernel in Kernel.all_of(Path(item["path"]))]
 
 
 def test_every_triton_kernel_compiles(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
     """The interpreter takes what the compiler refuses, such as a variable whose type depends on a branch."""
-    source = "".join((ROOT / "ffr_ext/kernels" / f"{name}.py").read_text() for name in TRITON_SOURCES)
-    written = set(re.findall(r"def (\w+_kernel)\(", source))
-    assert {kernel.name for _, kernel in triton_kernels} == written
+    assert {kernel.name for _, kernel in triton_kernels} == written_kernels()
+
+
+def test_every_triton_kernel_compiles_for_an_amd_gpu(tmp_path: Path) -> None:
+    """Compiled, never run: there is none here. ROCm's torch gets these by backend="auto"."""
+    pytest.importorskip("triton.backends.amd")
+    assert {item["kernel"] for item in compiled_index("gfx942", tmp_path)} == written_kernels()
 
 
 def test_triton_kernels_use_no_local_memory(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
@@ -292,4 +303,4 @@ assert keys(4096, [0] * 4, groups=2) == keys(8192, [0] * 4, groups=16)
 
 
 if __name__ == "__main__":
-    compile_triton(int(sys.argv[1]), Path(sys.argv[2]))
+    compile_triton(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1], Path(sys.argv[2]))

@@ -102,26 +102,27 @@ def _bind(launch: Launch, backend: Any) -> tuple[Any, Any, Any]:
     return bound, specialization, options
 
 
-def _backend(capability: int) -> tuple[Any, Any]:
+def _backend(arch: int | str) -> tuple[Any, Any]:
+    """For a compute capability, or for an AMD GPU such as gfx942, whose warps have 64 lanes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return target, make_backend(target)
 
 
-def specialization(launch: Launch, capability: int = 90) -> str:
+def specialization(launch: Launch, arch: int = 90) -> str:
     """What a recorded launch would be compiled for: equal for two launches that share a kernel."""
-    _, specialized, options = _bind(launch, _backend(capability)[1])
+    _, specialized, options = _bind(launch, _backend(arch)[1])
     return f"{launch[0].__name__} {specialized} {options}"
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """Compiles what a recorded launch would have compiled, for sm_`capability`."""
+def compile_launch(launch: Launch, arch: int | str) -> Any:
+    """Compiles what a recorded launch would have compiled, for sm_`arch` or an AMD GPU."""
     import triton
     from triton.compiler import ASTSource
 
-    target, backend = _backend(capability)
+    target, backend = _backend(arch)
     bound, specialized, options = _bind(launch, backend)
     kernel, _, kwargs = launch
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialized, options)

@@ -64,7 +64,7 @@ def _gather(
 ) -> list[Tensor]:
     """`compact_filters` of tensors of one device, which the caller's lists have at `places`."""
     device = tensors[0].device
-    concrete = backends.resolve(backend, device.type)
+    concrete = backends.resolve(backend, device)
     if concrete != "cpu":  # whose kernel looks at every index itself, without a wait or a sort
         _check_indices(keep, [t.shape[d] for t, d in zip(tensors, dims, strict=True)], places)
     here = _all_on_cpu(keep) if device.type == "cpu" else {k.device for k in keep} == {device}
