@@ -184,8 +184,8 @@ def test_a_wrong_cifar_folder_says_what_was_expected(
 
 
 def test_data_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="digits, cifar10 or cifar100"):
-        data.load("mnist")
+    with pytest.raises(ValueError, match="digits, cifar10, cifar100, mnist"):
+        data.load("imagenet")
     with pytest.raises(ValueError, match="needs the folder"):
         data.load("cifar10")
 

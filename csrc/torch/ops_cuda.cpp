@@ -144,7 +144,7 @@ void shrink_cuda(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
 std::tuple<std::vector<Tensor>, int64_t> compact_filters_cuda(const std::vector<Tensor>& tensors,
                                                               const std::vector<Tensor>& keep,
                                                               const std::vector<int64_t>& dims) {
-  if (tensors.empty()) return {{}, -1};
+  if (tensors.empty()) return {std::vector<Tensor>(), -1};
   const Launch launch(tensors[0]);
   const Gathers gathers = check_compact_filters(tensors, keep, dims);
   check_launch("compact_filters",

@@ -6,9 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ffr_ext.explain.lasso import largest_eigenvalue, mu_lasso
 
