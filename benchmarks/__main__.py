@@ -17,26 +17,18 @@ from pathlib import Path
 
 import torch
 
-from . import (
-    bench_compaction,
-    bench_groups,
-    bench_loss,
-    bench_scaling,
-    bench_step,
-    bench_step_compiled,
-    processes,
-    report,
-    results,
-)
-from .harness import QUICK, Options, Row
+from . import processes
+from .harness.measure import QUICK, Options, Row
+from .reporting import results, tables
+from .suites import compaction, groups, loss, scaling, step, step_compiled
 
 BENCHES = {
-    "loss": bench_loss.main,
-    "scaling": bench_scaling.main,
-    "step": bench_step.main,
-    "step-compiled": bench_step_compiled.main,
-    "compaction": bench_compaction.main,
-    "groups": bench_groups.main,
+    "loss": loss.main,
+    "scaling": scaling.main,
+    "step": step.main,
+    "step-compiled": step_compiled.main,
+    "compaction": compaction.main,
+    "groups": groups.main,
 }
 
 
@@ -45,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("bench", nargs="?", default="all", choices=["all", "report", *BENCHES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--only", nargs="*", default=[], metavar="SETTING", help="settings of benchmarks/shapes.py"
+        "--only", nargs="*", default=[], metavar="SETTING", help="settings of benchmarks/harness/shapes.py"
     )
     parser.add_argument("--providers", nargs="*", default=[], metavar="PROVIDER")
     parser.add_argument(
@@ -79,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not (options.no_write or options.tiny):
                 print(f"wrote {results.write(name, rows, options.device)}")
     if options.bench == "report" or (options.bench == "all" and not (options.no_write or options.tiny)):
-        report.main()
+        tables.main()
     return 0
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from ffr_ext import FeatureFlow, backends, compact_filters, ffr_loss, filter_norms
 from ffr_ext.regularizers.fused import add_scaled_, row_column_norms, shrink_
 
-from . import networks
-from .harness import memory_timeline, profiled
-from .results import ROOT
-from .shapes import SETTINGS, make_features
+from .harness import networks
+from .harness.measure import memory_timeline, profiled
+from .harness.shapes import SETTINGS, make_features
+from .reporting.results import ROOT
 
 FILE = Path(__file__).resolve().parent / "budgets.json"
 Counts = dict[str, int]

@@ -69,7 +69,7 @@ step info "$python" -m ffr_ext info
 step selftest selftest
 step test_gpu test_gpu
 step sanitizer sanitize
-step gpu_loss "$python" -m benchmarks.bench_gpu_loss
+step gpu_loss "$python" -m benchmarks.suites.gpu_loss
 step compaction "$python" -m benchmarks compaction --device cuda
 step training "$python" -m benchmarks step --device cuda
 

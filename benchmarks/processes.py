@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .harness import Row
-from .results import print_table
+from .harness.measure import Row
+from .reporting.results import print_table
 
 MEDIAN = ("ms", "ms_p20", "ms_p80", "host_ms", "gbps", "copy_percent", "peak_bytes", "allocated_bytes")
 WORST = ("error",)

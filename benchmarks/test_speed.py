@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from .loss_cases import PROVIDERS, Case, providers_here
-from .shapes import SETTINGS
+from .harness.loss_cases import PROVIDERS, Case, providers_here
+from .harness.shapes import SETTINGS
 
 pytest.importorskip("pytest_benchmark", reason="pytest benchmarks/ needs pytest-benchmark")
 

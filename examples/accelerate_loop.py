@@ -12,8 +12,8 @@ import argparse
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from data import load
-from models import build, flow_layers
+from common.data import load
+from common.models import build, flow_layers
 from torch.utils.data import DataLoader, TensorDataset
 
 from ffr_ext import FeatureFlow

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Images, batches, load
-from models import LeNet5
+from common.data import Images, batches, load
+from common.models import LeNet5
 from torch import Tensor, nn
 from train import write_csv
 

@@ -15,8 +15,8 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data import load
-from models import build, flow_layers
+from common.data import load
+from common.models import build, flow_layers
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 

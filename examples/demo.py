@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plots
-from data import Images, load
-from filters import DEAD, Pruned, prune
+from common import plots
+from common.data import Images, load
+from common.filters import DEAD, Pruned, prune
 from rich.console import Console
 from rich.progress import (
     BarColumn,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import load
+from common.data import load
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification

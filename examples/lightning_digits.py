@@ -13,9 +13,9 @@ from pathlib import Path
 import lightning
 import torch
 import torch.nn.functional as F
-from data import load
+from common.data import load
+from common.models import build, flow_layers
 from lightning.pytorch.loggers import CSVLogger
-from models import build, flow_layers
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -9,8 +9,8 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from data import batches, load
-from models import build, flow_layers
+from common.data import batches, load
+from common.models import build, flow_layers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ffr_ext import FeatureFlow

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data import Images, load
-from filters import DEAD, prune
+from common.data import Images, load
+from common.filters import DEAD, prune
 from torch import Tensor, nn
 from train import Config, Run, write_csv
 

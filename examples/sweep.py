@@ -19,10 +19,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import plots
 import torch
-from data import Images, load
-from filters import DEAD
+from common import plots
+from common.data import Images, load
+from common.filters import DEAD
 from train import Config, Run
 
 from ffr_ext import __version__, backends, zero_small_filters

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import DATA, Images, batches, load
-from filters import DEAD, convolutions, prune
-from methods import METHODS, cut_epochs, make_regularizer, make_smaller
-from models import MODELS, build, flow_layers
+from common.data import DATA, Images, batches, load
+from common.filters import DEAD, convolutions, prune
+from common.methods import METHODS, cut_epochs, make_regularizer, make_smaller
+from common.models import MODELS, build, flow_layers
 from torch import nn
 
 from ffr_ext import CompactionPlan, FeatureFlow
@@ -52,7 +52,7 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-3
     method: str = "ffr"
-    weight: float = 0.0  # of the penalty of another method; 0: what examples/methods.py says
+    weight: float = 0.0  # of the penalty of another method; 0: what examples/common/methods.py says
     budget: float = 0.0  # share of the FLOPs to come down to; 0: the network is not cut
     rounds: int = 3
     ffr_gradient: float = 3.0

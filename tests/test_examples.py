@@ -23,12 +23,10 @@ pytest.importorskip("sklearn", reason="the examples need ffr-ext[demo]")
 pytest.importorskip("matplotlib", reason="the examples need ffr-ext[demo]")
 pytest.importorskip("rich", reason="the examples need ffr-ext[demo]")
 
-import data  # noqa: E402
 import demo  # noqa: E402
-import filters  # noqa: E402
-import models  # noqa: E402
 import sweep  # noqa: E402
 import train  # noqa: E402
+from common import data, filters, models  # noqa: E402
 
 TINY = {"model": "resnet8", "backend": "reference", "threads": 1}
 

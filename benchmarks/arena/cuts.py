@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.data import batches
-from examples.models import ResidualBlock, build
+from examples.common.data import batches
+from examples.common.models import ResidualBlock, build
 from ffr_ext import Compaction, compact, zero_small_filters
 from ffr_ext.pruning import prune_to
 from ffr_ext.pruning.measure import count_flops, count_parameters

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import results
+from ..reporting import results
 from . import report
 from .methods import ABLATION, ALL, METHODS
 from .runner import Arena

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from examples.models import flow_layers
+from examples.common.models import flow_layers
 from ffr_ext import FeatureFlow
 from ffr_ext.regularizers import BaseRegularizer, OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 

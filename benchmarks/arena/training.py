@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.data import Images, batches, load
-from examples.models import build
+from examples.common.data import Images, batches, load
+from examples.common.models import build
 from ffr_ext.pruning import synthesize
 
 from .methods import ALL, Method, none

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from benchmarks import bench_compaction, networks
-from benchmarks.harness import QUICK, Options
+from benchmarks.harness import networks
+from benchmarks.harness.measure import QUICK, Options
+from benchmarks.suites import compaction as bench_compaction
 
 OPTIONS = Options(tiny=True, effort=dataclasses.replace(QUICK, memory=False))
 

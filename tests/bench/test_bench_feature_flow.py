@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_feature_flow as bench
-from benchmarks.harness import QUICK
+from benchmarks.harness.measure import QUICK
+from benchmarks.suites import feature_flow as bench
 
 
 def test_it_prints_a_row_for_each_provider(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,21 +14,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is not part of the package: it lives in the repository alone
 
-from benchmarks import (
-    bench_loss,
-    bench_scaling,
-    bench_step,
-    first_call,
-    harness,
-    processes,
-    report,
-    results,
-    scaling_law,
-)
+from benchmarks import processes
 from benchmarks.__main__ import main as benchmarks_main
-from benchmarks.harness import QUICK, Options, Row, Subject
-from benchmarks.shapes import SETTINGS, make_features, shrink
-from benchmarks.truth import Truth
+from benchmarks.harness import measure as harness
+from benchmarks.harness.measure import QUICK, Options, Row, Subject
+from benchmarks.harness.shapes import SETTINGS, make_features, shrink
+from benchmarks.harness.truth import Truth
+from benchmarks.reporting import results, scaling_law
+from benchmarks.reporting import tables as report
+from benchmarks.suites import first_call
+from benchmarks.suites import loss as bench_loss
+from benchmarks.suites import scaling as bench_scaling
+from benchmarks.suites import step as bench_step
 from ffr_ext import reference
 
 WITHOUT_COMPILE = ("eager", "cpu")  # compiling takes seconds for every case
@@ -220,7 +217,7 @@ def test_every_round_runs_every_provider_and_prepares_it() -> None:
 def test_truth_in_chunks_is_the_reference_in_float64(
     norm: str, kind: str, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.truth._CHUNK_ELEMENTS", 130)  # two chunks, the second smaller
+    monkeypatch.setattr("benchmarks.harness.truth._CHUNK_ELEMENTS", 130)  # two chunks, the second smaller
     features = make_features([(3, 4, 2, 2)] * 3 + [(3, 6)] * 2, dtype=torch.float64)
     options = {
         "norm": norm,

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is not part of the package: it lives in the repository alone
 
-from benchmarks import bench_gpu_loss
+from benchmarks.suites import gpu_loss as bench_gpu_loss
 
 
 def tiny_stage(batch: int) -> bench_gpu_loss.Setting:

@@ -21,10 +21,8 @@ pytest.importorskip("sklearn", reason="the examples need ffr-ext[demo]")
 pytest.importorskip("matplotlib", reason="the examples need ffr-ext[demo]")
 pytest.importorskip("rich", reason="the examples need ffr-ext[demo]")
 
-import data
-import methods
-import models
 import train
+from common import data, methods, models
 
 SMALL: dict[str, Any] = {"model": "resnet8", "backend": "reference", "threads": 1, "budget": 0.6, "epochs": 3}
 

@@ -1,6 +1,6 @@
 """What the penalty adds to a training step when its gradients are made at once or just in time.
 
-``python -m benchmarks.bench_feature_flow`` trains twelve cheap blocks of one shape, so that the penalty is
+``python -m benchmarks.suites.feature_flow`` trains twelve cheap blocks of one shape, so that the penalty is
 not lost in the network's own time. Providers: plain torch (eager), the same compiled, `ffr_loss` (one node
 for all features), and `FeatureFlow`. Added time is the median over rounds of the difference to the step
 without penalty of the same round, added memory the difference of the peaks in per cent of the captured
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, ffr_loss, reference
 
-from .harness import Effort, Subject, peak_memory, time_in_turns
+from ..harness.measure import Effort, Subject, peak_memory, time_in_turns
 
 PLAIN = "none"
 PROVIDERS = (PLAIN, "eager", "compile", "ffr_loss", "FeatureFlow")
@@ -148,7 +148,7 @@ def run_case(case: Case, providers: Sequence[str], device: torch.device, effort:
 def main(arguments: Sequence[str] | None = None) -> list[tuple[Case, list[Result]]]:
     """Print a table for each case, and return the numbers."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.bench_feature_flow", description=__doc__.split("\n")[0]
+        "python -m benchmarks.suites.feature_flow", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="*", default=PROVIDERS, choices=PROVIDERS)

@@ -1,6 +1,6 @@
 """Bandwidth of the loss kernels on a GPU, against a device-to-device copy measured in the same run.
 
-    python -m benchmarks.bench_gpu_loss [--smoke]
+    python -m benchmarks.suites.gpu_loss [--smoke]
 
 The loss moves memory and does little else, so the copy's bandwidth is the ceiling. Bytes a kernel must move,
 for L features of N elements of s bytes (`must_move`; what else moves, such as the sums, is left out):
@@ -35,7 +35,7 @@ from torch import Tensor
 import ffr_ext
 from ffr_ext import backends, ffr_loss, ops, reference
 
-from .results import commit, driver
+from ..reporting.results import RESULTS, commit, driver
 
 Run = Callable[[], Any]
 
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("; ".join(f"{name}: {status[name].reason}" for name in wanted))
     rows: list[dict[str, Any]] = []
     failed = 0
-    directory = Path(os.environ.get("FFR_RESULTS_DIR", Path(__file__).parent / "results"))
+    directory = Path(os.environ.get("FFR_RESULTS_DIR", RESULTS))
     directory.mkdir(parents=True, exist_ok=True)
     for setting in settings(options.smoke, options.full):
         try:

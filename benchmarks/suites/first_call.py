@@ -1,7 +1,7 @@
 """What the first call of a process costs: forward and backward in a fresh interpreter, imports not counted.
 
 torch.compile and Triton keep compiled code on disk; "cold" is a machine that has never run this, "warm" the
-next process on it. `python -m benchmarks.first_call SETTING PROVIDER DEVICE` is the process.
+next process on it. `python -m benchmarks.suites.first_call SETTING PROVIDER DEVICE` is the process.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .harness import Row
-from .loss_cases import PROVIDERS, Case
-from .shapes import SETTINGS
+from ..harness.loss_cases import PROVIDERS, Case
+from ..harness.measure import Row
+from ..harness.shapes import SETTINGS
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -36,7 +36,7 @@ def first_call_rows(setting: str, providers: Sequence[str], device: torch.device
 
 def _first_call(setting: str, provider: str, state: str, device: str, cache: str) -> Row:
     environment = {**os.environ, **{name: os.path.join(cache, name) for name in CACHES}}
-    command = [sys.executable, "-m", "benchmarks.first_call", setting, provider, device]
+    command = [sys.executable, "-m", "benchmarks.suites.first_call", setting, provider, device]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     found = json.loads(output.splitlines()[-1])
     return Row(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ffr_ext import backends, filter_norms
 from ffr_ext.regularizers.fused import add_scaled_, row_column_norms
 
-from . import networks
-from .harness import Effort, Options, Row, Subject, measure, relative_error
+from ..harness import networks
+from ..harness.measure import Effort, Options, Row, Subject, measure, relative_error
 
 STRENGTH = 1e-4
 EFFORT = Effort(rounds=15, seconds=1.0, most_seconds=30.0)

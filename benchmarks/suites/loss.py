@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..harness.loss_cases import PROVIDERS, Case, Loss, providers_here
+from ..harness.measure import Effort, Options, Row, Subject, measure
+from ..harness.shapes import SETTINGS, shrink
+from ..harness.truth import Truth
 from .first_call import first_call_rows
-from .harness import Effort, Options, Row, Subject, measure
-from .loss_cases import PROVIDERS, Case, Loss, providers_here
-from .shapes import SETTINGS, shrink
-from .truth import Truth
 
 MODES = ("forward", "backward", "both")
 

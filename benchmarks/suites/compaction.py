@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ffr_ext import backends, compact, compact_filters, filter_norms
 
-from . import networks
-from .harness import Effort, Options, Row, Subject, measure
+from ..harness import networks
+from ..harness.measure import Effort, Options, Row, Subject, measure
 
 DEAD = 0.5  # share of the filters of the two inner convolutions of every bottleneck
 WHOLE = Effort(warmup=1, rounds=5, seconds=0.0, most_seconds=60.0, memory=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ffr_ext import FeatureFlow, ffr_loss, reference
 
-from . import networks
-from .harness import Effort, Options, Row, Subject, memory_timeline, peak_memory, time_in_turns
+from ..harness import networks
+from ..harness.measure import Effort, Options, Row, Subject, memory_timeline, peak_memory, time_in_turns
 
 PLAIN = "none"
 WEIGHT = 1e-2  # of both terms; its value makes no difference to the time

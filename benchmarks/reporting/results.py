@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from .harness import Row, as_dict
+from ..harness.measure import Row, as_dict
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def header(device: torch.device | str) -> dict[str, Any]:

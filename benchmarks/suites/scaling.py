@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .bench_loss import run_case
-from .harness import Effort, Options, Row
-from .loss_cases import Case, providers_here
-from .shapes import Setting
+from ..harness.loss_cases import Case, providers_here
+from ..harness.measure import Effort, Options, Row
+from ..harness.shapes import Setting
+from .loss import run_case
 
 
 def cases(device: torch.device | str) -> Iterator[Case]:

@@ -12,10 +12,11 @@ matplotlib.use("Agg")  # files only: demo and tests run without a display
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from filters import Pruned
     from train import Epoch
 
     from ffr_ext import LayerSparsity
+
+    from .filters import Pruned
 
 WITH, WITHOUT = "#d95f02", "#7f7f7f"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ffr_ext import FeatureFlow, ffr_loss, reference
 
-from . import networks
-from .bench_step import PLAIN, TINY, WEIGHT, StepCase, cases
-from .harness import Effort, Options, Row, summarise
+from ..harness import networks
+from ..harness.measure import Effort, Options, Row, summarise
+from .step import PLAIN, TINY, WEIGHT, StepCase, cases
 
 PROVIDERS = (PLAIN, "formula", "ffr_loss", "FeatureFlow")
 

@@ -1,0 +1,1 @@
+"""What is made of the rows: files, tables, pictures, the scaling law."""
