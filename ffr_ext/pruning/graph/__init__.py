@@ -18,6 +18,7 @@ from .rules import (  # noqa: F401  they fill the table of rules
     pointwise,
     rearrange,
     recurrent,
+    routing,
     shape,
     split,
 )
