@@ -194,6 +194,25 @@ def test_round_to(round_to: int, kept: int) -> None:
         assert "round_to" in result.report.explain()
 
 
+def test_a_size_is_filled_once_where_a_channel_is_at_two_places() -> None:
+    """Gate and up projections in one weight: 27 live units are 54 rows, and one more unit makes 56 of them."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 64), nn.Linear(32, 3)
+            with torch.no_grad():
+                self.up.weight[:5] = self.up.bias[:5] = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(torch.nn.functional.silu(gate) * up)
+
+    torch.manual_seed(0)
+    small = compact(Gated().eval(), torch.randn(2, 4), round_to=8, measure=False).model
+    assert (small.up.out_features, small.down.in_features) == (56, 28)
+
+
 @pytest.mark.parametrize("min_channels", [1, 3])
 def test_a_layer_that_is_all_dead_keeps_min_channels(min_channels: int) -> None:
     model = dead(filters=12)

@@ -146,6 +146,11 @@ class Analysis:
             self.labels[name] = tuple(self.sets.new(s) if s > 1 else None for s in tensor.shape)
         for node in graph.nodes:
             self._visit(node)
+        for stack, parts in graph.stacks.items():
+            for labels in zip(*(self.labels[name] for name in parts), strict=True):
+                sizes = [v for v in labels if v is not None]
+                if sizes:
+                    self.constraints.append(Constraint("equal", f"the tensor of all experts {stack}", sizes))
         for read in self.reads:
             read.silenced = torch.zeros_like(read.outputs, dtype=torch.bool)
             if read.dim is not None:

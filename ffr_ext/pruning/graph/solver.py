@@ -253,10 +253,14 @@ class Solver:
             self._give_back(removed, spare, part, most - count, why)
 
     def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
-        gone = channels[removed[channels] & ~self._settled[channels]].unique()
+        """Indices of a dimension, whose channels are `channels`: one channel can be at several (gate and up projections
+        in one weight)."""
+        gone, times = channels[removed[channels] & ~self._settled[channels]].unique(return_counts=True)
         if count <= 0 or not gone.numel():
             return
-        strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
+        order = self.strength()[gone].sort(descending=True, stable=True).indices
+        before = times[order].cumsum(0) - times[order]
+        strongest = gone[order[before < count]]
         removed[strongest] = False
         spare[strongest] = True
         self._gave_back = True

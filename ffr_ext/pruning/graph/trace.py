@@ -17,6 +17,7 @@ from torch.fx import Node
 from ... import _torch
 from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating, output_tensors
 from .inline import inlined
+from .packed import unpacked
 
 # Stands for every size that depends on values, as how many tokens an expert gets: prime, and no usual size.
 UNKNOWN_SIZE = 101
@@ -34,6 +35,7 @@ class TracedGraph:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
     assumed: bool = False  # some rows are there wherever values say how many
     experts: set[str] = field(default_factory=set)  # modules that hold those of a mixture, and values choose among them
+    stacks: dict[str, list[str]] = field(default_factory=dict)  # tensor of all experts -> names of the parts in `tensors`
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
@@ -102,7 +104,7 @@ def _returning_tensors(
 
     @functools.wraps(forward)
     def returning(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with inside():
+        with inside(), unpacked(model):
             return output_tensors(forward(*args, **kwargs))
 
     model.forward = returning

@@ -34,6 +34,12 @@ def pointwise(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | 
     return Flow(shape, labels, _pointwise_state(analysis, node, operands, len(shape)))
 
 
+@rule("where")
+def _where(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    """With a number in one of the places, torch does not call it pointwise; with the condition alone it is none."""
+    return pointwise(analysis, node, bound) if len(node.args) == 3 else None
+
+
 def combined_labels(
     analysis: Analysis, node: Node, operands: list[Flow], shape: tuple[int, ...]
 ) -> tuple[Tensor | None, ...]:

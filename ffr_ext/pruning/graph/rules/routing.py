@@ -155,3 +155,16 @@ def _chosen(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
     if isinstance(value, Tensor):
         return result(tuple(value.shape))
     return [result(tuple(v.shape)) for v in value]
+
+
+@rule("one_of")
+def _one_of(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
+    """Each row is that of one of the experts: constant where it is the same constant for all."""
+    flows: list[Flow] = list(bound.values())
+    shape = meta_shape(node)
+    first = flows[0].state
+    is_live = torch.zeros((1,) * len(shape), dtype=torch.bool)
+    for flow in flows:
+        is_live = is_live | flow.state.live | (flow.state.value.double() != first.value.double())
+    value = first.value.double().expand(torch.broadcast_shapes(first.value.shape, is_live.shape))
+    return Flow(shape, combined_labels(analysis, node, flows, shape), make(value, is_live))
