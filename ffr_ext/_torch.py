@@ -6,6 +6,7 @@ private name taken away: an upgrade of torch reads this file and that test.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, TypeVar
 
@@ -144,6 +145,22 @@ def size_of(dimension: Any, unknown: int) -> int:
     if expression is None or symbols is None:
         return unknown
     return int(expression.subs(dict.fromkeys(symbols, unknown)))
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """Inside, `nn.TransformerEncoder` and its like do not compare a mask with the causal one, which no trace can. They
+    do it to choose a faster kernel. Without the function nothing is done."""
+    name, module = "_detect_is_causal_mask", nn.modules.transformer
+    detect = getattr(module, name, None)
+    if detect is None:
+        yield
+        return
+    setattr(module, name, lambda mask, is_causal=None, size=None: is_causal is True)
+    try:
+        yield
+    finally:
+        setattr(module, name, detect)
 
 
 class AssumeRows(TorchFunctionMode):

@@ -257,7 +257,9 @@ class Stacked(nn.Module):
     def product(self, x: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         taken = weight[ids]
         if self.kind == "rows first":
-            return torch.bmm(x.unsqueeze(1), taken.transpose(1, 2) if self.outputs_first else taken).squeeze(1)
+            return torch.bmm(x.unsqueeze(1), taken.transpose(1, 2) if self.outputs_first else taken).squeeze(
+                1
+            )
         return torch.bmm(taken if self.outputs_first else taken.transpose(1, 2), x.unsqueeze(-1)).squeeze(-1)
 
 

@@ -141,7 +141,9 @@ def test_the_cache_changes_nothing_of_the_plan(use_cache: bool) -> None:
 def test_routed_experts_are_named_in_one_line() -> None:
     report = compact(mixtral(), text(), measure=False).report
     (line,) = [note for note in report.notes if "experts" in note]
-    assert line.startswith("model.layers.0.mlp.experts, model.layers.1.mlp.experts: all experts stay, because which")
+    assert line.startswith(
+        "model.layers.0.mlp.experts, model.layers.1.mlp.experts: all experts stay, because which"
+    )
     assert line in str(report)
 
 

@@ -2,8 +2,8 @@
 
 `grouped_mm(x, weight, offsets)` and `bmm(weight[ids], x)` multiply each row by the weight of its expert. Hidden unit i
 of one expert has nothing to do with hidden unit i of another: so for the walk each expert gets a layer of its own, the
-ops up to the next such product are repeated for each, and `one_of` says that a row of the result is that of one of them.
-The graph is for looking at only; nothing runs it.
+ops up to the next such product are repeated for each, and `one_of` says that a row of the result is that of one of
+them. The graph is for looking at only; nothing runs it.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _product(graph: TracedGraph, node: Node) -> _Product | None:
     if name == "bmm":
         for which, column in ((0, 2), (1, 1)):
             taken, turned = _turned(args[which])
-            weight, rows = _stack_of(taken), args[1 - which]
-            if weight is not None and _is_stack(graph, weight) and rows.meta["val"].shape[column] == 1:
-                return _Product(weight, rows, (which == 0) != turned, column)
+            stack, rows = _stack_of(taken), args[1 - which]
+            if stack is not None and _is_stack(graph, stack) and rows.meta["val"].shape[column] == 1:
+                return _Product(stack, rows, (which == 0) != turned, column)
     return None
 
 
@@ -103,7 +103,8 @@ def _with_weights_of_their_own(graph: TracedGraph, products: dict[Node, _Product
         kept = {
             n: p
             for n, p in products.items()
-            if names.count(graph.tensor_names[p.weight]) == 1 and _ends_in_products(p.weight, p.weight, products)
+            if names.count(graph.tensor_names[p.weight]) == 1
+            and _ends_in_products(p.weight, p.weight, products)
         }
         if len(kept) == len(products):
             return kept
@@ -121,9 +122,11 @@ def _ends_in_products(node: Node, weight: Node, products: dict[Node, _Product]) 
 
 
 def _regions(products: dict[Node, _Product]) -> dict[Node, set[Node]]:
-    """For each product that ends one: itself and all nodes that are made for each expert from the products before it."""
+    """For each product that ends one: itself, and the nodes between it and the products before it."""
     regions: dict[Node, set[Node]] = {}
-    begun: dict[Node, set[Node]] = {}  # node -> what lies between the products that begin its region and itself
+    begun: dict[
+        Node, set[Node]
+    ] = {}  # node -> what lies between the products that begin its region and itself
     ended: set[Node] = set()
     for node in _in_order(products):
         own = {n for a in _operands(node, products) for n in begun.get(a, ())}
@@ -246,10 +249,10 @@ class _Unrolling:
         own: dict[Node, Node] = {}
 
         def value_of(node: Node) -> Node:
-            stack = _stack_of(node)
             if node in own:
                 return own[node]
-            return self.slices[stack, expert] if stack in self.stacks else self.values[node]  # type: ignore[index]
+            stack = _stack_of(node)
+            return self.values[node] if stack not in self.stacks else self.slices[stack, expert]
 
         for node in region:
             layer = node in self.products

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Inside, the model can be traced with packed sequences. A model without recurrent layers is left alone."""
     layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-    own = {m: vars(m).get("forward") for m in layers}
+    own: dict[nn.RNNBase, Any] = {m: vars(m).get("forward") for m in layers}
     try:
         for layer in layers:
             layer.forward = functools.partial(_over_all_rows, layer, layer.forward)
@@ -30,18 +30,15 @@ def unpacked(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for layer in layers:
-            if own[layer] is None:
-                del layer.forward
-            else:
-                layer.forward = own[layer]
+            del layer.forward
+            if (before := own[layer]) is not None:
+                layer.forward = before
 
 
 class _AllRows(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = {"_pack_padded_sequence": _pack, "_pad_packed_sequence": _pad}.get(
-            getattr(func, "__name__", "")
-        )
-        return (replacement or func)(*args, **(kwargs or {}))
+        replacement = _REPLACEMENTS.get(getattr(func, "__name__", ""), func)
+        return replacement(*args, **(kwargs or {}))
 
 
 def _pack(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -63,6 +60,9 @@ def _pad(
     present = batch_sizes.new_empty((x.shape[1],), dtype=torch.bool).reshape(1, -1, *[1] * (x.dim() - 2))
     x = torch.where(present, x, padding_value)
     return x if batch_first else x.transpose(0, 1), batch_sizes.new_full((x.shape[0],), steps)
+
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {"_pack_padded_sequence": _pack, "_pad_packed_sequence": _pad}
 
 
 def _sequences(data: Tensor, steps: int) -> Tensor:

@@ -34,8 +34,10 @@ class TracedGraph:
     modules: dict[str, nn.Module]
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
     assumed: bool = False  # some rows are there wherever values say how many
-    experts: set[str] = field(default_factory=set)  # modules that hold those of a mixture, and values choose among them
-    stacks: dict[str, list[str]] = field(default_factory=dict)  # tensor of all experts -> names of the parts in `tensors`
+    experts: set[str] = field(default_factory=set)  # modules whose children values choose among
+    stacks: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # tensor of all experts -> its parts in `tensors`
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
@@ -104,7 +106,7 @@ def _returning_tensors(
 
     @functools.wraps(forward)
     def returning(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with inside(), unpacked(model):
+        with inside(), unpacked(model), _torch.masks_as_given():
             return output_tensors(forward(*args, **kwargs))
 
     model.forward = returning

@@ -45,6 +45,38 @@ CASES = {
         {"a": 6, "b": 6},
         "the intersection",
     ),
+    "where-with-a-number": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.b(x) > 0, m.a(x).relu(), 0.0)),
+            a=conv(3, 8, dead=DEAD),
+            b=conv(3, 8),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 5, "b": 5},
+        "0, whatever the condition",
+    ),
+    "where-with-another-number": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.b(x) > 0, 0.5, m.a(x).relu())),
+            a=conv(3, 8, dead=DEAD),
+            b=conv(3, 8),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 8, "b": 8},
+        "one of two constants",
+    ),
+    "where-of-a-constant-condition": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.a(x) > 0.1, 1.0, 0.0)),
+            a=conv(3, 8, dead=DEAD),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 5},
+        "the condition is a constant",
+    ),
     "residual-in-place": Case(
         lambda: Net(
             lambda m, x: m.c(m.a(x).add_(m.b(x)).relu_()),

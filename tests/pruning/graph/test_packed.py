@@ -19,7 +19,12 @@ class Packed(nn.Module):
     """Eight channels, three of them constant, go into a recurrent layer; what of its result is read says `read`."""
 
     def __init__(
-        self, layer: type[nn.RNNBase], read: str = "steps", batch_first: bool = True, in_order: bool = False, **kw: Any
+        self,
+        layer: type[nn.RNNBase],
+        read: str = "steps",
+        batch_first: bool = True,
+        in_order: bool = False,
+        **kw: Any,
     ) -> None:
         super().__init__()
         self.read, self.batch_first, self.in_order = read, batch_first, in_order
@@ -31,16 +36,15 @@ class Packed(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         h = self.a(x).relu()
         h = h if self.batch_first else h.transpose(0, 1)
-        packed = pack_padded_sequence(
-            h, lengths, batch_first=self.batch_first, enforce_sorted=self.in_order
-        )
+        packed = pack_padded_sequence(h, lengths, batch_first=self.batch_first, enforce_sorted=self.in_order)
         result, state = self.r(packed)
         if self.read == "state":
             return self.o((state[0] if isinstance(state, tuple) else state)[-1])
         if self.read == "rows":
             result = PackedSequence(self.o(result.data), *result[1:])
             return pad_packed_sequence(result, batch_first=True, padding_value=-1.0)[0]
-        steps = pad_packed_sequence(result, batch_first=self.batch_first, total_length=7 if self.read == "more" else None)
+        length = 7 if self.read == "more" else None
+        steps = pad_packed_sequence(result, batch_first=self.batch_first, total_length=length)
         return self.o(steps[0])
 
 

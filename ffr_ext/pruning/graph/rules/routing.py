@@ -46,7 +46,9 @@ def _take(analysis: Analysis, node: Node, flow: Flow, rows: _Rows) -> Flow | Non
         return None
     _stay(analysis, node, flow, range(first, after))
     none: list[Labels] = [None] * taken
-    state = State(*(t.reshape([*t.shape[:first], *[1] * taken, *t.shape[after:]]) for t in _parts(flow.state)))
+    state = State(
+        *(t.reshape([*t.shape[:first], *[1] * taken, *t.shape[after:]]) for t in _parts(flow.state))
+    )
     return Flow(meta_shape(node), (*flow.labels[:first], *none, *flow.labels[after:]), state)
 
 
@@ -122,12 +124,12 @@ def _rows(indices: Any) -> _Rows | None:
     dims: list[int] = []
     at = most = 0
     for index in indices:
-        value = None if index is None else index.meta["val"]
+        value: Tensor | None = None if index is None else index.meta["val"]
         mask = value is not None and value.dtype in (torch.bool, torch.uint8)
-        width = value.dim() if mask else 1
+        width = value.dim() if value is not None and mask else 1
         if value is not None:
             dims += range(at, at + width)
-            most = max(most, 1 if mask else value.dim())
+            most = max(most, 1 if mask else int(value.dim()))
         at += width
     side_by_side = bool(dims) and dims[-1] - dims[0] + 1 == len(dims)
     return _Rows(dims[0], dims[-1] + 1, most) if side_by_side else None
