@@ -335,3 +335,46 @@ def test_a_loop_over_the_experts_that_get_tokens_says_what_to_set() -> None:
     for each in (model, small):
         each.set_experts_implementation("eager")
     torch.testing.assert_close(small(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("form", "left"), [("grouped_mm", 24), ("batched_mm", 22)])
+def test_interleaved_experts_with_biases_lose_their_dead_units(form: str, left: int) -> None:
+    """gpt-oss: gate and up projection lie in turns, weights are [inputs, outputs], and every expert has biases. The
+    strides of a grouped_mm are multiples of 16 bytes."""
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    ).eval()
+    model.set_experts_implementation(form)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            experts.gate_up_proj_bias.normal_()
+            experts.down_proj_bias.normal_()
+            for i in range(4):
+                gates = slice(2 * i, 2 * i + 20, 2)
+                experts.gate_up_proj[i, :, gates] = experts.gate_up_proj_bias[i, gates] = 0
+    inputs = text()
+    result = compact(model, inputs, measure=False)
+    for layer in result.model.model.layers:
+        assert layer.mlp.experts.gate_up_proj.shape == (4, 16, 2 * left), result.report.explain()
+        assert layer.mlp.experts.gate_up_proj_bias.shape == (4, 2 * left)
+        assert layer.mlp.experts.down_proj.shape == (4, left, 16)
+    assert not result.report.unknown_ops
+    torch.testing.assert_close(result.model(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Moe", "Qwen3Moe", "Olmoe"])
+def test_other_mixtures(name: str) -> None:
+    torch.manual_seed(0)
+    settings = {**OF_EXPERTS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**settings)
+    ).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.gate_up_proj[:, :8] = 0
+    inputs = text()
+    small = compact(model, inputs, measure=False).model
+    assert [layer.mlp.experts.down_proj.shape[2] for layer in small.model.layers] == [24, 24]
+    torch.testing.assert_close(small(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-6)

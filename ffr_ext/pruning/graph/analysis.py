@@ -111,6 +111,7 @@ class Constraint:
     parts: list[Tensor]
     inputs: list[Tensor] = field(default_factory=list)
     module: str | None = None  # whose number of groups changes with the parts that are left
+    multiple: int = 1  # of "equal" parts: what is left of each is a multiple of it
 
 
 class Analysis:
@@ -151,7 +152,9 @@ class Analysis:
             for labels in zip(*(self.labels[name] for name in parts), strict=True):
                 sizes = [v for v in labels if v is not None]
                 if sizes:
-                    self.constraints.append(Constraint("equal", f"the tensor of all experts {stack}", sizes))
+                    said = f"the tensor of all experts {stack}"
+                    multiple = graph.multiples.get(stack, 1)
+                    self.constraints.append(Constraint("equal", said, sizes, multiple=multiple))
         for read in self.reads:
             read.silenced = torch.zeros_like(read.outputs, dtype=torch.bool)
             if read.dim is not None:

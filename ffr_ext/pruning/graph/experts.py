@@ -20,6 +20,9 @@ from .trace import TracedGraph, module_path, op_name
 
 _OPS = torch.ops.aten
 
+# torch's grouped_mm takes tensors whose strides are multiples of this.
+GROUPED_BYTES = 16
+
 
 def one_of(*tensors: Tensor) -> Tensor:
     """Each row of the result is that row of one of the tensors. Its rule is in `rules/routing`."""
@@ -216,6 +219,11 @@ class _Unrolling:
             tensors={**{n: t for n, t in old.tensors.items() if n not in stacked}, **self.tensors},
             constants={self.values[n]: t for n, t in old.constants.items()},
             experts=old.experts | {module_path(n) for n in self.products},
+            multiples={
+                self.stacks[p.weight]: GROUPED_BYTES // p.weight.meta["val"].element_size()
+                for p in self.products.values()
+                if p.column is None
+            },
             stacks={
                 name: [f"{name}[{e}]" for e in range(node.meta["val"].shape[0])]
                 for node, name in self.stacks.items()

@@ -236,7 +236,7 @@ class Solver:
                     )
             return
         if constraint.kind == "equal":
-            self._level(removed, spare, parts, why)
+            self._level(removed, spare, parts, why, constraint.multiple)
             return
         present = [
             i
@@ -246,9 +246,12 @@ class Solver:
         self._level(removed, spare, [parts[i] for i in present], why)
         self._level(removed, spare, [inputs[i] for i in present], why)
 
-    def _level(self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str) -> None:
+    def _level(
+        self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str, multiple: int = 1
+    ) -> None:
         kept = [part.numel() - int(removed[part].sum()) for part in parts]
         most = max(1, *kept) if len(kept) > 1 else max(1, kept[0])
+        most = math.ceil(most / multiple) * multiple
         for part, count in zip(parts, kept, strict=True):
             self._give_back(removed, spare, part, most - count, why)
 

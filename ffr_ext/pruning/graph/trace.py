@@ -35,9 +35,9 @@ class TracedGraph:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
     assumed: bool = False  # some rows are there wherever values say how many
     experts: set[str] = field(default_factory=set)  # modules whose children values choose among
-    stacks: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # tensor of all experts -> its parts in `tensors`
+    # A tensor of all experts -> its parts in `tensors`, and what its sizes have to be multiples of.
+    stacks: dict[str, list[str]] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:

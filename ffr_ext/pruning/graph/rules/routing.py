@@ -13,7 +13,7 @@ from ..analysis import Analysis, Flow, Labels, meta_shape
 from ..registry import rule
 from ..states import State, live, make
 from ..trace import where
-from .pointwise import combined_labels, fold
+from .pointwise import combined_labels, fold, pointwise
 
 
 class _Rows(NamedTuple):
@@ -40,16 +40,22 @@ def _index_select(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow
     return _take(analysis, node, bound["self"], _Rows(dim, dim + 1, 1))
 
 
-def _take(analysis: Analysis, node: Node, flow: Flow, rows: _Rows) -> Flow | None:
+def _take(analysis: Analysis, node: Node, flow: Flow, rows: _Rows) -> Flow:
+    """Constant where all rows are, and are the same: that of a table too, as the biases of experts."""
     first, after, taken = rows
-    if any(t.shape[d] > 1 for t in _parts(flow.state) for d in range(first, after)):
-        return None
     _stay(analysis, node, flow, range(first, after))
     none: list[Labels] = [None] * taken
-    state = State(
-        *(t.reshape([*t.shape[:first], *[1] * taken, *t.shape[after:]]) for t in _parts(flow.state))
-    )
-    return Flow(meta_shape(node), (*flow.labels[:first], *none, *flow.labels[after:]), state)
+    value, is_live = _same_for_all(flow.state, [*range(first, after)])
+    value, is_live = (t.reshape([*t.shape[:first], *[1] * taken, *t.shape[after:]]) for t in (value, is_live))
+    return Flow(meta_shape(node), (*flow.labels[:first], *none, *flow.labels[after:]), make(value, is_live))
+
+
+def _same_for_all(state: State, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Value and live with size 1 in `dims`: constant where all along them are, and are the same."""
+    if not dims:
+        return state.value.double(), state.live
+    least, most = (f(state.value.double(), dims, keepdim=True) for f in (torch.amin, torch.amax))
+    return least, state.live.any(dim=dims, keepdim=True) | (least != most)
 
 
 @rule("index_add")
@@ -81,7 +87,7 @@ def _put(analysis: Analysis, node: Node, x: Flow, values: Flow, rows: _Rows, add
         return None
     shape = (*[1] * missing, *values.shape)
     given: tuple[Labels, ...] = (*[None] * missing, *values.labels)
-    value, is_live = (t.reshape((*[1] * missing, *t.shape)) for t in _parts(values.state))
+    state = State(*(t.reshape((*[1] * missing, *t.shape)) for t in _parts(values.state)))
     spare = range(first, first + taken)
     for dim, labels in enumerate(given):
         if dim in spare:
@@ -90,11 +96,9 @@ def _put(analysis: Analysis, node: Node, x: Flow, values: Flow, rows: _Rows, add
     _stay(analysis, node, x, range(first, after))
 
     expected = torch.zeros(()) if adds else x.state.value.double()  # what leaves a row as it was
+    value, is_live = _same_for_all(state, [*spare])
     if not adds and any(t.shape[d] > 1 for t in _parts(x.state) for d in range(first, after)):
-        is_live = torch.ones((1,) * value.dim(), dtype=torch.bool)
-    if spare:
-        least, most = value.amin([*spare], keepdim=True), value.amax([*spare], keepdim=True)
-        value, is_live = least.double(), is_live.any(dim=[*spare], keepdim=True) | (least != most)
+        is_live = torch.ones_like(is_live)
     ones = [1] * (after - first)
     value, is_live = (
         t.reshape([*t.shape[:first], *ones, *t.shape[first + taken :]]) for t in (value, is_live)
@@ -109,8 +113,8 @@ def _put(analysis: Analysis, node: Node, x: Flow, values: Flow, rows: _Rows, add
     sides = [without_rows(x.shape, x.labels, after), without_rows(shape, given, first + taken)]
     combined = combined_labels(analysis, node, sides, sides[0].shape)
     unchanged = (value == expected) & ~is_live
-    state = make(x.state.value.double(), x.state.live | ~unchanged)
-    return Flow(x.shape, (*combined[:first], *x.labels[first:after], *combined[after:]), state)
+    result = make(x.state.value.double(), x.state.live | ~unchanged)
+    return Flow(x.shape, (*combined[:first], *x.labels[first:after], *combined[after:]), result)
 
 
 def _stay(analysis: Analysis, node: Node, flow: Flow, dims: range) -> None:
@@ -139,12 +143,12 @@ def _parts(state: State) -> tuple[Tensor, Tensor]:
     return state.value, state.live
 
 
-@rule("topk", "sort", "argsort", "argmax", "argmin")
+@rule("topk", "sort", "argsort", "argmax", "argmin", "max", "min")
 def _chosen(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
     """A choice among the entries along one dimension, which all stay."""
     x: Flow = bound["self"]
     if not isinstance(bound.get("dim"), int) or not x.rank:
-        return None
+        return pointwise(analysis, node, bound) if "other" in bound else fold(analysis, node, bound)
     dim = bound["dim"] % x.rank
     analysis.sets.claim(x.labels[dim])
     analysis.pin(x, f"chosen from by {where(node)}", [dim])

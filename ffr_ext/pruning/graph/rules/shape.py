@@ -252,7 +252,13 @@ def _slice(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
     start = min(start + flow.shape[dim] if start < 0 else start, flow.shape[dim])
     if size == flow.shape[dim]:
         return Flow(flow.shape, flow.labels, flow.state)
-    analysis.pin(flow, f"sliced by {where(node)}", [dim])
+    vector = flow.labels[dim]
+    if vector is not None and start < step and size * step == flow.shape[dim]:
+        phases = vector.reshape(size, step)  # x[..., ::2]: the channels of a step leave together
+        for phase in range(1, step):
+            analysis.sets.unify(phases[:, 0], phases[:, phase])
+    else:
+        analysis.pin(flow, f"sliced by {where(node)}", [dim])
     return narrowed(flow, dim, start, size, step)
 
 
