@@ -306,6 +306,24 @@ def test_experts_keep_as_many_units_as_the_one_with_most() -> None:
     same_outputs(result.model, model)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_units_of_stacked_experts(seed: int) -> None:
+    """Zeros leave, and of an expert's constants all but one; the expert that keeps most decides for all."""
+    model = stacked("weights first", dead=0)
+    torch.manual_seed(seed)
+    dead = torch.rand(EXPERTS, HIDDEN) < 0.6
+    constant = dead & (torch.rand(EXPERTS, HIDDEN) < 0.3)
+    with torch.no_grad():
+        model[1].up[dead] = 0
+        model[1].up_bias[dead] = 0
+        model[1].up_bias[constant] = torch.rand(int(constant.sum())) + 0.5
+    result = compact(model, torch.randn(2, 7, WIDTH), measure=False)
+    left = int(((~dead).sum(1) + constant.any(1)).clamp(min=1).max())
+    assert result.model[1].up.shape[1] == left, result.report.explain()
+    same_outputs(result.model, model)
+    assert compact(result.model, torch.randn(2, 7, WIDTH), measure=False).plan.is_empty
+
+
 def test_the_plan_of_stacked_experts_comes_back_from_its_file(tmp_path: Path) -> None:
     model = stacked("rows first", constant=0.7)
     result = compact(model, torch.randn(2, 7, WIDTH), measure=False)
