@@ -96,10 +96,13 @@ def prune_to(
     optimizer_state.check_optimizer(optimizer)
     args, kwargs = as_call(example_inputs)
     with check_same_on_all_ranks() as agree:
-        solver = Solver(
-            Analysis(trace(copy_without_hooks(model), args, kwargs), strict=True),
-            Options(1, min_channels),
-        )
+        graph = trace(copy_without_hooks(model), args, kwargs)
+        if "flops" in targets and graph.experts:
+            raise ValueError(
+                f"flops: {', '.join(sorted(graph.experts)[:3])} take as many tokens as values send them, so their "
+                "FLOPs cannot be counted beforehand; expected parameters="
+            )
+        solver = Solver(Analysis(graph, strict=True), Options(1, min_channels))
         groups = groups_of(model, solver, scope)
         if len(groups) == 0:
             raise ValueError(f"model: prune_to finds no channel that may leave: {_reasons(groups)}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffr_ext import CompactionPlan, compact
-from ffr_ext.pruning.graph import channel_groups
+from ffr_ext.pruning import channel_groups, prune_to
 
 WIDTH, HIDDEN, EXPERTS = 6, 8, 4
 
@@ -409,6 +409,18 @@ def test_experts_in_one_einsum_lose_what_is_dead_in_all() -> None:
     result = compact(model, torch.randn(5, WIDTH), measure=False)
     assert result.model.up.shape == (EXPERTS, WIDTH, HIDDEN - 2), result.report.explain()
     same_outputs(result.model, model, (9, WIDTH))
+
+
+def test_a_budget_of_parameters_is_met_and_one_of_flops_refused_where_values_decide() -> None:
+    x = torch.randn(2, 7, WIDTH)
+    small = prune_to(mixture("routed_in_place"), x, parameters=0.7)
+    assert small.report.parameters[1] <= 0.7 * small.report.parameters[0]
+    with pytest.raises(
+        ValueError, match=r"flops: 1\.experts take as many tokens as values send them.*parameters="
+    ):
+        prune_to(mixture("routed_in_place"), x, flops=0.7)
+    small = prune_to(mixture("all_masked"), x, flops=0.7)
+    assert small.report.flops[1] <= 0.7 * small.report.flops[0]
 
 
 def test_channel_groups_of_a_mixture_are_those_of_its_tensors() -> None:
