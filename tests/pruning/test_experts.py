@@ -388,6 +388,24 @@ def test_hidden_units_that_the_forward_looks_at_stay_together() -> None:
     same_outputs(result.model, model)
 
 
+def test_hidden_units_stay_together_where_rows_of_all_experts_are_mixed() -> None:
+    """A unit of zeros in one expert is none behind a mean over all tokens."""
+
+    class Centred(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.reshape(-1, x.shape[-1])
+            ids = self.gate(tokens).argmax(-1)
+            h = F.relu(self.product(tokens, self.up, ids))
+            return self.product(h - h.mean(0), self.down, ids).reshape(x.shape)
+
+    torch.manual_seed(0)
+    model = Centred("weights first", dead=5).eval()
+    result = compact(model, torch.randn(2, 7, WIDTH), measure=False)
+    assert result.model.up.shape[1] == HIDDEN - 2, result.report.explain()
+    assert result.report.notes[:-1] == [], "found from the graph, not by trying"
+    same_outputs(result.model, model)
+
+
 def test_experts_in_one_einsum_lose_what_is_dead_in_all() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .trace import TracedGraph, module_path, op_name
+from ... import _torch
+from .trace import TracedGraph, module_path, op_name, out_of_place_name
 
 _OPS = torch.ops.aten
 
@@ -127,9 +128,7 @@ def _ends_in_products(node: Node, weight: Node, products: dict[Node, _Product]) 
 def _regions(products: dict[Node, _Product]) -> dict[Node, set[Node]]:
     """For each product that ends one: itself, and the nodes between it and the products before it."""
     regions: dict[Node, set[Node]] = {}
-    begun: dict[
-        Node, set[Node]
-    ] = {}  # node -> what lies between the products that begin its region and itself
+    begun: dict[Node, set[Node]] = {}  # node -> what lies between the first products of its region and itself
     ended: set[Node] = set()
     for node in _in_order(products):
         own = {n for a in _operands(node, products) for n in begun.get(a, ())}
@@ -147,10 +146,37 @@ def _regions(products: dict[Node, _Product]) -> dict[Node, set[Node]]:
     inside: set[Node] = set()
     for end, region in regions.items():
         leaves = any(u not in region and not _only_looks(u) for n in region if n is not end for u in n.users)
-        if region & inside or leaves:
+        mixes = not all(n in products or _keeps_rows_apart(n) for n in region)
+        if region & inside or leaves or mixes:
             return {n: {n} for n in products}  # what an expert computes goes another way as well
         inside |= region
     return regions
+
+
+_KEEPS_ROWS = {"to", "contiguous", "clone", "dropout", "getitem", "view", "reshape", "unsqueeze", "squeeze"}
+_ALONG_A_DIMENSION = {"chunk", "split", "split_with_sizes", "slice", "glu", "softmax"}
+
+
+def _keeps_rows_apart(node: Node) -> bool:
+    """Row i of the result is made from the rows i of the inputs: so a copy for one expert says what its rows are."""
+    values = [v for v in _torch.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    sources = [s for n in node.all_input_nodes for s in _torch.tree_leaves(n.meta.get("val"))]
+    rows = {s.shape[0] for s in sources if isinstance(s, Tensor) and s.dim() > 1}
+    if not values or any(v.dim() < 2 or {v.shape[0]} != rows for v in values):
+        return False
+    name = out_of_place_name(node)
+    if name in _ALONG_A_DIMENSION:
+        dim = _argument(node, "dim")
+        return isinstance(dim, int) and dim % sources[0].dim() != 0
+    return name in _KEEPS_ROWS or torch.Tag.pointwise in getattr(node.target, "tags", [])
+
+
+def _argument(node: Node, wanted: str) -> Any:
+    for index, argument in enumerate(getattr(_torch.schema(node.target), "arguments", [])):
+        if argument.name == wanted:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(wanted)
+            return argument.default_value if given is None else given
+    return None
 
 
 def _only_looks(node: Node) -> bool:
