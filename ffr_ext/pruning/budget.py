@@ -84,7 +84,8 @@ def prune_to(
     Raises:
         TypeError: An argument is of another type.
         ValueError: An argument is out of range, no channel may leave, an energy is not finite, or the target is out of
-            reach (the message says what is within), or one of FLOPs where values decide what experts cost. Nothing is changed then.
+            reach (the message says what is within), or one of FLOPs where values decide what experts cost. Nothing
+            is changed then.
     """
     check_plain_module(model, "prune_to")
     targets = _targets(flops, parameters)

@@ -406,6 +406,27 @@ def test_hidden_units_stay_together_where_rows_of_all_experts_are_mixed() -> Non
     same_outputs(result.model, model)
 
 
+def test_parts_of_a_stack_lose_what_is_dead_in_all() -> None:
+    """Rows chosen by values times stack[i]: all experts have one hidden size, and the same units."""
+
+    class Parts(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.reshape(-1, x.shape[-1])
+            chosen, out = self.gate(tokens).argmax(-1), torch.zeros_like(tokens)
+            for i in range(EXPERTS):
+                (rows,) = torch.where(chosen == i)
+                h = F.relu(F.linear(tokens[rows], self.up[i]))
+                out = out.index_add(0, rows, F.linear(h, self.down[i]))
+            return out.reshape(x.shape)
+
+    torch.manual_seed(0)
+    model = Parts("weights first", dead=5).eval()
+    result = compact(model, torch.randn(2, 7, WIDTH), measure=False)
+    assert result.model.up.shape[1] == HIDDEN - 2, result.report.explain()
+    assert any(note.startswith("the model: all experts stay") for note in result.report.notes)
+    same_outputs(result.model, model)
+
+
 def test_experts_in_one_einsum_lose_what_is_dead_in_all() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

@@ -378,3 +378,17 @@ def test_other_mixtures(name: str) -> None:
     small = compact(model, inputs, measure=False).model
     assert [layer.mlp.experts.down_proj.shape[2] for layer in small.model.layers] == [24, 24]
     torch.testing.assert_close(small(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-6)
+
+
+def test_mixtures_of_heads_are_named_too() -> None:
+    """JetMoe: a split sends tokens to experts of its attention as well."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    config = transformers.JetMoeConfig(**sizes, kv_channels=4, intermediate_size=32, num_local_experts=4)
+    model = transformers.JetMoeForCausalLM(config).eval()
+    inputs = text()
+    result = compact(model, inputs, measure=False)
+    (line,) = [note for note in result.report.notes if "experts" in note]
+    assert "model.layers.0.self_attention.experts" in line
+    assert "all experts stay, because" in line
+    torch.testing.assert_close(result.model(**inputs).logits, model(**inputs).logits)

@@ -260,7 +260,7 @@ class _Unrolling:
         """The stacks, and what lies between them and where they are used."""
         found = set(self.stacks)
         for node in self.old.nodes:
-            if node not in self.inside and node.op == "call_function" and node.args and node.args[0] in found:
+            if node.op == "call_function" and node not in self.inside and found & {*node.all_input_nodes[:1]}:
                 found.add(node)
         return found
 

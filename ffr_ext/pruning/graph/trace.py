@@ -67,7 +67,6 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         dict(model.named_modules(remove_duplicate=False)),
     )
     graph.assumed = assumed
-    _give_sizes(graph)
     lifted = signature.inputs_to_lifted_tensor_constants
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -76,6 +75,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
             graph.tensor_names[node] = names[named[node.name]]
         elif node.name in lifted:
             graph.constants[node] = exported.constants[lifted[node.name]]
+    _give_sizes(graph)
     return graph
 
 
@@ -132,10 +132,20 @@ def _give_sizes(graph: TracedGraph) -> None:
         (routed if depends else others).update(re.sub(r"@\d+", "", path) for path in module_paths(node))
         if depends:
             node.meta["val"] = _torch.map_tensors(_with_sizes, node.meta["val"])
+        if depends and any(_is_part_of_a_stack(graph, source) for source in node.all_input_nodes):
+            graph.experts.add(module_path(node))
     for path in routed - others:
         container = path.rpartition(".")[0]
         if isinstance(graph.modules.get(container), nn.ModuleList | nn.ModuleDict):
             graph.experts.add(container)
+
+
+def _is_part_of_a_stack(graph: TracedGraph, node: Node) -> bool:
+    """stack[0] of a parameter [experts, .., ..]."""
+    if node.op != "call_function" or op_name(node) != "select" or node.args[1] != 0:
+        return False
+    (stack,) = node.all_input_nodes
+    return stack in graph.tensor_names and stack.meta["val"].dim() == 3
 
 
 def _depends_on_values(value: Tensor) -> bool:

@@ -147,8 +147,10 @@ def _parts(state: State) -> tuple[Tensor, Tensor]:
 def _chosen(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
     """A choice among the entries along one dimension, which all stay."""
     x: Flow = bound["self"]
-    if not isinstance(bound.get("dim"), int) or not x.rank:
-        return pointwise(analysis, node, bound) if "other" in bound else fold(analysis, node, bound)
+    if "other" in bound:  # the larger of two tensors
+        return pointwise(analysis, node, bound)
+    if not isinstance(bound.get("dim"), int) or not x.rank or x.state.all_constant():
+        return fold(analysis, node, bound)
     dim = bound["dim"] % x.rank
     analysis.sets.claim(x.labels[dim])
     analysis.pin(x, f"chosen from by {where(node)}", [dim])
