@@ -9,12 +9,14 @@ cost time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+Item = TypeVar("Item", Tensor, None)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,6 +64,14 @@ def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return empty_stats(features, lengths, groups, save_signs)
 
 
+def by_feature(grads: Sequence[Tensor], wanted: Sequence[bool], nothing: Item) -> list[Tensor | Item]:
+    """One entry for each feature: its gradient where one is wanted."""
+    if all(wanted):
+        return list(grads)
+    given = iter(grads)
+    return [next(given) if want else nothing for want in wanted]
+
+
 def _empty_gradients(
     device: torch.device, ranks: list[int], sizes: list[int], strides: list[int], dtypes: list[int]
 ) -> list[Tensor]:
@@ -89,8 +99,7 @@ def _flow_gradients(
     backend: str,
 ) -> list[Tensor]:
     grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
-    given, nothing = iter(grads), coef.new_empty(0)
-    slots = [next(given) if want else nothing for want in wanted]
+    slots = by_feature(grads, wanted, coef.new_empty(0))
     ops.flow_kernels(backend).backward(features, signs, coef, lengths, numels, groups, squared, slots)
     return grads
 
