@@ -31,20 +31,25 @@ VMAP = (
 
 
 class FlowSpec(NamedTuple):
-    """The settings of one node that follow from the stages and are not tensors: for each stage how many features,
-    elements of a feature and groups of sums it has."""
+    """The settings of one node that follow from the stages and are not tensors."""
 
     sums: Sums
-    lengths: tuple[int, ...]
-    numels: tuple[int, ...]
-    groups: tuple[int, ...]
+    lengths: tuple[int, ...]  # of each stage how many features it has,
+    numels: tuple[int, ...]  # how many elements each of them,
+    groups: tuple[int, ...]  # and how many groups of sums
+    entries: int  # of stats
+    packed: int  # bytes of signs
 
     @classmethod
     def of(cls, stages: Sequence[Stage], sums: Sums) -> FlowSpec:
         lengths, numels, groups = zip(
             *[(stage.length, stage.numel, stage.groups(sums.leading)) for stage in stages], strict=True
         )
-        return cls(sums, lengths, numels, groups)
+        return cls(sums, lengths, numels, groups, *compiled.sizes(lengths, numels, groups))
+
+    def empty_stats(self, device: torch.device, save_signs: bool) -> tuple[Tensor, Tensor]:
+        """What the forward kernel fills: stats, and the packed signs if wanted."""
+        return compiled.empty_stats(self.entries, self.packed if save_signs else 0, device)
 
     def layouts(self, features: Sequence[Tensor]) -> Layouts:
         return Layouts.of(features, self.lengths, self.sums.leading)
@@ -54,11 +59,11 @@ def _forward(
     spec: FlowSpec, save_signs: bool, features: Sequence[Tensor], layouts: Layouts
 ) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    (squared, _leading, backend), lengths, _numels, groups = spec
+    (squared, _leading, backend), lengths, _numels, groups, *_ = spec
     features = layouts.align(features)
     if torch.compiler.is_compiling():
         return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
-    stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
+    stats, signs = spec.empty_stats(features[0].device, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
@@ -121,10 +126,15 @@ class FlowStats(torch.autograd.Function):
         raise RuntimeError(VMAP)
 
 
+def _product(entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    # Operators and not Python's floats, though those are faster on a CPU: tracers see operators alone.
+    return (entries * weights).sum().to(dtype)
+
+
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in
-    one node, with stats put into the list `made`. Eager mode alone; without setup_context, for which the arguments are
-    bound by name at each call.
+    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(entries * weights).sum().to(dtype)` in
+    one node, where entries are the sums, or the roots of those of single samples; the sums are put into the list
+    `made`. Eager mode alone; without setup_context, for which the arguments are bound by name at each call.
     """
 
     @staticmethod
@@ -141,15 +151,32 @@ class FlowProduct(torch.autograd.Function):
         stats, signs = _forward(spec, save_signs, features, layouts)
         made.append(stats)
         ctx.weights = weights
+        ctx.roots = stats.sqrt() if spec.sums.leading else None
         _save(ctx, spec, layouts, features, signs, None)
-        return (stats * weights).sum().to(dtype)
+        return _product(stats if ctx.roots is None else ctx.roots, weights, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], ctx.weights * grad_loss)
+        coef = ctx.weights * grad_loss
+        if ctx.roots is not None:
+            coef = torch.where(ctx.roots == 0.0, 0.0, coef / (2.0 * ctx.roots))
+        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], coef)
         return (None, None, None, None, None, *grads)
+
+
+class Product(torch.autograd.Function):
+    """`Product.apply(entries, weights, dtype)`: `(entries * weights).sum().to(dtype)` in one node instead of three."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.weights = weights
+        return _product(entries, weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weights * grad_loss, None, None
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -184,7 +211,7 @@ def _flow_gradients(
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
-    (squared, _leading, backend), lengths, numels, groups = spec
+    (squared, _leading, backend), lengths, numels, groups, *_ = spec
     arguments = (
         layouts.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],

@@ -131,6 +131,9 @@ def position_mask(mask: Any, stages: Iterable[tuple[int, tuple[int, ...]]]) -> T
 
 def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
     """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        # Traced with dynamic sizes a float can be symbolic; its value is not known then.
+        return weight if torch.compiler.is_compiling() else _checked(name, float(weight))
     if isinstance(weight, Tensor):
         if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != count):
             raise ValueError(
@@ -140,9 +143,6 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
         if weight.dtype == torch.bool or weight.is_complex():
             raise TypeError(f"{name}: expected a tensor of real numbers, got dtype {weight.dtype}")
         return weight
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        # Traced with dynamic sizes a float can be symbolic; its value is not known then.
-        return weight if torch.compiler.is_compiling() else _checked(name, float(weight))
     if hasattr(weight, "tolist"):  # numpy's numbers and arrays
         return term_weights(name, weight.tolist(), count)
     if not isinstance(weight, Sequence) or isinstance(weight, (str, bytes, bytearray)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import backends, checks, reference
 from ._torch import transforms_active
-from .autograd import FlowProduct, FlowSpec, FlowStats
+from .autograd import FlowProduct, FlowSpec, FlowStats, Product
 from .options import FlowOptions
 from .stages import Plan, Stage, Sums, make_plan, stage_features
 from .weights import entry_weights, weigh
@@ -207,7 +207,7 @@ def _product(
 ) -> tuple[Tensor, Tensor]:
     """The usual loss, and the sums it is made of: all terms come from one call of a kernel, and the loss is one product
     of what it gives, or of the roots of that, with a vector."""
-    if make_stats is None and not sums.leading:
+    if make_stats is None:
         made: list[Tensor] = []
         spec = plan.kept.get(sums)
         if spec is None:
@@ -215,9 +215,9 @@ def _product(
         walked = _walked(features, plan.stages)
         loss = FlowProduct.apply(spec, _saves_signs(sums, walked), weights, dtype, made, *walked)
         return loss, made[0]
-    stats = (make_stats or _stats)(features, plan.stages, sums, None)
+    stats = make_stats(features, plan.stages, sums, None)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
-    return (entries * weights).sum().to(dtype), stats.detach()
+    return Product.apply(entries, weights, dtype), stats.detach()
 
 
 def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:

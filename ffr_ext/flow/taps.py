@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiled, ops
+from .. import ops
 from .._torch import graph_task, transforms_active
 from ..autograd import DOUBLE_BACKWARD, FlowSpec
 from ..reference import at_positions
@@ -165,9 +165,9 @@ class Walk:
             walked += stage_features(features, stage)
             self.stage_of += [index] * (len(walked) - self.first[index])
         self.layouts = self.spec.layouts(walked)
-        (squared, *_), lengths, _numels, groups = self.spec
+        (squared, *_), lengths, _numels, groups, *_ = self.spec
         aligned = self.layouts.align(walked)
-        stats, signs = compiled.empty_stats(aligned, lengths, groups, save and not squared)
+        stats, signs = self.spec.empty_stats(aligned[0].device, save and not squared)
         self.kernels.forward(aligned, lengths, groups, squared, stats, signs)
         if not save:
             return stats, []
@@ -209,7 +209,7 @@ class _Live:
         # Of every stage the slices of coef and of the packed signs (without signs: empty).
         self.parts: list[tuple[Tensor, Tensor]] = []
         if coef is not None:
-            (squared, *_), lengths, numels, groups = walk.spec
+            (squared, *_), lengths, numels, groups, *_ = walk.spec
             entries = [ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True)]
             planes = [
                 0 if squared else ops.sign_bytes(n, size) for n, size in zip(lengths, numels, strict=True)
@@ -225,7 +225,7 @@ class _Live:
         walk = self.walk
         index = walk.stage_of[place]
         first = walk.first[index]
-        (squared, *_), lengths, numels, groups = walk.spec
+        (squared, *_), lengths, numels, groups, *_ = walk.spec
         coef, signs = self.parts[index]
         features: list[Tensor] = []
         if squared:
