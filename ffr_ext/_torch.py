@@ -69,13 +69,14 @@ def constant_when_compiled(function: Function) -> Function:
 
 def version(tensor: Tensor) -> int | None:
     """How often the tensor was written in place; None where torch does not count (inference mode)."""
-    if not torch.compiler.is_compiling() and tensor.is_inference():  # which Dynamo cannot ask
+    try:
+        return tensor._version
+    except (AttributeError, RuntimeError):
         return None
-    return getattr(tensor, "_version", None)
 
 
 def traced_version(tensor: Tensor) -> int | None:
-    """The same while torch.compile traces, which cannot trace the question whether torch counts."""
+    """The same while torch.compile traces, where every tensor is counted."""
     return getattr(tensor, "_version", None)
 
 

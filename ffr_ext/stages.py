@@ -195,13 +195,16 @@ def walked_strides(
 def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
     """Dims of size > 1 from outermost to innermost if a tensor fills its storage without gaps or overlap, else None."""
     dims = [d for d in range(len(shape)) if shape[d] != 1]
-    dims.sort(key=lambda d: strides[d], reverse=True)
+    order: tuple[int, ...] = ()
     expected = 1
-    for d in reversed(dims):
-        if strides[d] != expected:
+    for _ in dims:  # not sorted by stride: Dynamo cannot sort by what is symbolic
+        for d in dims:
+            if strides[d] == expected and d not in order:
+                break
+        else:
             return None
-        expected *= shape[d]
-    return tuple(dims)
+        order, expected = (d, *order), expected * shape[d]
+    return order
 
 
 def with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:

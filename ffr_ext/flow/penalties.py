@@ -14,7 +14,7 @@ from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ..options import FlowOptions
 from ..stages import make_plan
 from .paths import Path, independent, joined
-from .taps import Slot, collect
+from .taps import collect
 
 Weight = float | Sequence[float] | Tensor
 
@@ -87,17 +87,11 @@ def _weights(
 def _just_in_time(path: Path) -> StatsMaker | None:
     """How the sums of a path are made if each feature gets its gradient by itself; None for one node for all
     features, as in ``ffr_loss``."""
-    slots: list[Slot | None] = []
-    tokens: list[Tensor] = []
-    for feature, tap in zip(path.features, path.taps, strict=True):
-        if tap is None:
-            if feature.requires_grad:
-                return None
-            slots.append(None)
-        else:
-            slots.append(tap[0])
-            tokens.append(tap[1])
-    return partial(collect, slots, tokens)
+    taps = path.taps
+    if any([tap is None and f.requires_grad for f, tap in zip(path.features, taps, strict=True)]):  # noqa: C419
+        return None
+    slots = [None if tap is None else tap[0] for tap in taps]
+    return partial(collect, slots, [tap[1] for tap in taps if tap is not None])
 
 
 def _masked(path: Path) -> dict[str, Any]:

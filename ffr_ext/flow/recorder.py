@@ -217,9 +217,9 @@ class Recorder:
 
     def capture(self, index: int, name: str, module: nn.Module, output: Any, last: bool) -> None:
         """Record one call of one layer of a stream; ``last``: the last layer of it."""
-        compiling = torch.compiler.is_compiling()
         if self.by_hand and inside_backward():
             return  # recomputation: outside a call nothing else tells
+        compiling = torch.compiler.is_compiling()
         feature = output
         if self.output is not None or type(output) is not Tensor or not output.is_floating_point():
             feature = select(self.output, name, module, output)

@@ -32,15 +32,14 @@ _LOST = (
 
 
 def can_tap(feature: Tensor) -> bool:
-    """Whether a feature can get a tap, here and now.
+    """Whether a feature can get a tap, here and now, in eager mode: a compiled graph has one backward node for all its
+    layers.
 
-    Not while torch.compile traces (a compiled graph has one backward node for all its layers), not under a
-    torch.func transform, and not a tensor subclass.
+    Not under a torch.func transform, and not a tensor subclass.
     """
     return (
-        not torch.compiler.is_compiling()
+        feature.requires_grad
         and torch.is_grad_enabled()
-        and feature.requires_grad
         and type(feature) in (Tensor, torch.nn.Parameter)
         and not transforms_active()
     )
@@ -70,7 +69,7 @@ class Slot:
                 continue  # this part of the loss was not differentiated
             layouts = walk.layouts
             shape, dtype, strides = layouts.shapes[place], layouts.dtypes[place], layouts.walked[place]
-            mapped = walk.mapped(place)
+            mapped = walk.mapped[place]
             if total is not None and not mapped and (dtype, strides) == (total.dtype, total.stride()):
                 live.write(place, total, accumulate=True)
                 continue
@@ -151,6 +150,7 @@ class Walk:
         self.kernels = ops.flow_kernels(sums.backend)
         self.stage_of: list[int] = []
         self.first: list[int] = []  # place of each stage's first walked feature
+        self.mapped: list[bool] = []  # whether a place is a feature pooled from the earlier stage
         self.readers: list[int] = []  # taps that read the value at each place: those within two steps
         self.taps = 0
         self.live: _Live | None = None
@@ -163,7 +163,8 @@ class Walk:
         for index, stage in enumerate(self.stages):
             self.first.append(len(walked))
             walked += stage_features(features, stage)
-            self.stage_of += [index] * (len(walked) - self.first[index])
+            self.stage_of += [index] * stage.length
+            self.mapped += [True] * stage.tail + [False] * stage.own
         self.layouts = self.spec.layouts(walked)
         (squared, *_), lengths, _numels, groups, *_ = self.spec
         aligned = self.layouts.align(walked)
@@ -185,11 +186,6 @@ class Walk:
                     self.taps += 1
                     for near in self.near(place) if self.spec.sums.squared else ():
                         self.readers[near] += 1
-
-    def mapped(self, place: int) -> bool:
-        """Whether the feature at `place` is pooled from the earlier stage."""
-        index = self.stage_of[place]
-        return place - self.first[index] < self.stages[index].tail
 
     def near(self, place: int) -> range:
         """The places whose values the gradient at `place` is made of."""
@@ -232,7 +228,8 @@ class _Live:
             features = [grad.new_empty(0)] * lengths[index]  # those that are not near are not read
             for near in walk.near(place):
                 features[near - first] = self._value(near)
-        self._used_on_this_stream([coef, signs, *features])
+        if self.stream is not None:
+            self._used_on_this_stream([coef, signs, *features])
         walk.kernels.backward_at(
             features,
             signs,
@@ -246,7 +243,8 @@ class _Live:
             accumulate,
         )
         if walk.padding is not None:
-            self._used_on_this_stream([walk.padding])
+            if self.stream is not None:
+                self._used_on_this_stream([walk.padding])
             grad.masked_fill_(at_positions(walk.padding, grad.dim()), 0)
         self._release(place)
 

@@ -126,6 +126,24 @@ def test_sizes_are_dynamic(norm: str, backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+def test_sizes_of_features_in_channels_last_are_dynamic(backend: str) -> None:
+    """Their storage order is found without sorting strides, which are symbolic."""
+
+    def loss(f: list[Tensor]) -> Tensor:
+        return ffr_loss(f, backend=backend)
+
+    compiled = torch.compile(loss, backend="aot_eager", dynamic=True, fullgraph=True)
+    for batch, size in ((2, 4), (3, 6)):
+        features = [
+            x.detach().to(memory_format=torch.channels_last).requires_grad_()
+            for x in random_features(*[(batch, 3, size, size)] * 3)
+        ]
+        grads = torch.autograd.grad(compiled(features), features)
+        for a, b in zip(grads, torch.autograd.grad(loss(features), features), strict=True):
+            assert torch.allclose(a, b)
+            assert a.stride() == b.stride()
+
+
 def test_dynamic_sizes_under_inductor_have_right_gradients(backend: str) -> None:
     def loss(f: list[Tensor]) -> Tensor:
         return ffr_loss([x * 2 for x in f], backend=backend)
