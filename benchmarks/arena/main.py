@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.12], help="shares of the FLOPs"
     )
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    arguments.add_argument("--tries", type=int, default=3, help="strengths that are tried for each method")
+    arguments.add_argument("--tries", type=int, default=4, help="strengths that are tried for each method")
     arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments.add_argument("--threads", type=int, default=1, help="of each run")
     arguments.add_argument(

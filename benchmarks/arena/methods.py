@@ -25,7 +25,7 @@ class Method:
 
     name: str
     kind: str  # what kind of pruning it is
-    strengths: tuple[float, ...]  # those that are tried, the same number for every method
+    strengths: tuple[float, ...]  # those that are tried, the same number for every method that has one
     make: Make = field(repr=False)
     weight_decay: Callable[[float], float] | None = None  # instead of the recipe's, by strength
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
@@ -85,7 +85,7 @@ class TorchPruning(BaseRegularizer):
         self.pruner = torch_pruning.pruner.GroupNormPruner(
             model,
             example,
-            importance=torch_pruning.importance.GroupNormImportance(),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             reg=weight,
             ignored_layers=heads[-1:],
         )
@@ -117,18 +117,18 @@ FILTERS, BLOCKS, BOTH = "filters (width)", "blocks (depth)", "blocks and filters
 METHODS = {
     method.name: method
     for method in (
-        Method("none", FILTERS, (0.0, 0.0, 0.0), none),
-        Method("weight-decay", FILTERS, (1e-3, 2e-3, 1e-2), none, weight_decay=lambda strength: strength),
-        Method("slimming", FILTERS, (3e-3, 1e-2, 2e-2), slimming),
-        Method("group-lasso", FILTERS, (3e-4, 1e-3, 3e-3), group_lasso),
-        Method("sgl-l0", FILTERS, (3e-4, 1e-3, 3e-3), sparse_group_lasso_l0),
-        Method("oicsr", FILTERS, (3e-4, 1e-3, 3e-3), oicsr),
-        Method("ffr", BLOCKS, (1.0, 3.0, 6.0), ffr),
-        Method("ffr+slimming", BOTH, (0.5, 1.0, 2.0), together(ffr, slimming, 1e-2)),
-        Method("ffr+group-lasso", BOTH, (0.5, 1.0, 2.0), together(ffr, group_lasso, 1e-3)),
-        Method("ffr+oicsr", BOTH, (0.5, 1.0, 2.0), together(ffr, oicsr, 1e-3)),
-        Method("stressed-nets", FILTERS, (0.5, 0.8, 0.95), stress, synthesis=True),
-        Method("torch-pruning", FILTERS, (1e-4, 1e-3, 1e-2), torch_pruning),
+        Method("none", FILTERS, (0.0,), none),
+        Method("weight-decay", FILTERS, (1e-3, 2e-3, 1e-2, 3e-2), none, weight_decay=lambda strength: strength),
+        Method("slimming", FILTERS, (3e-3, 1e-2, 2e-2, 4e-2), slimming),
+        Method("group-lasso", FILTERS, (3e-4, 1e-3, 3e-3, 1e-2), group_lasso),
+        Method("sgl-l0", FILTERS, (3e-4, 1e-3, 3e-3, 1e-2), sparse_group_lasso_l0),
+        Method("oicsr", FILTERS, (3e-4, 1e-3, 3e-3, 1e-2), oicsr),
+        Method("ffr", BLOCKS, (1.0, 3.0, 6.0, 12.0), ffr),
+        Method("ffr+slimming", BOTH, (0.5, 1.0, 2.0, 4.0), together(ffr, slimming, 1e-2)),
+        Method("ffr+group-lasso", BOTH, (0.5, 1.0, 2.0, 4.0), together(ffr, group_lasso, 1e-3)),
+        Method("ffr+oicsr", BOTH, (0.5, 1.0, 2.0, 4.0), together(ffr, oicsr, 1e-3)),
+        Method("stressed-nets", FILTERS, (0.2, 0.5, 0.8, 0.95), stress, synthesis=True),
+        Method("torch-pruning", FILTERS, (1e-4, 1e-3, 1e-2, 1e-1), torch_pruning),
     )
 }
 
