@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from examples.common.models import flow_layers
+from examples.common.models import LeNet5, flow_layers
 from ffr_ext import FeatureFlow
 from ffr_ext.regularizers import BaseRegularizer, OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 
@@ -31,6 +31,15 @@ class Method:
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
 
 
+    def refusal(self, model: nn.Module, example: Tensor) -> str:
+        """Why it has nothing to do with such a network; empty where it has."""
+        try:
+            self.make(model, example, self.strengths[0])
+        except ValueError as error:
+            return str(error).splitlines()[0]
+        return ""
+
+
 def none(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
     return []
 
@@ -44,6 +53,8 @@ def ffr(
     **options: Any,
 ) -> list[Any]:
     """Feature flow regularization of the stem and the blocks; `shares` of the strength for length and curvature."""
+    if isinstance(model, LeNet5):
+        options["transition"] = "pool"
     flow = FeatureFlow(
         model,
         list(layers or flow_layers(model)),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,26 @@ class Arena:
 
     def run(self) -> None:
         """All of it; what is done already is skipped."""
-        first = self.seeds[0]
-        search = [self.settings(m, strength, first) for m in self.methods for strength in self.strengths(m)]
+        for method, why in self.refused.items():
+            print(f"{method} does not apply to {self.base.model}: {why}", flush=True)
+        first, methods = self.seeds[0], self.applicable
+        search = [self.settings(m, strength, first) for m in methods for strength in self.strengths(m)]
         self.work([(settings, False) for settings in search], "search")
         self.work(
-            [(self.settings(m, self.best(m), seed), True) for seed in self.seeds for m in self.methods],
-            "seeds",
+            [(self.settings(m, self.best(m), seed), True) for seed in self.seeds for m in methods], "seeds"
         )
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """The methods that have nothing to do with this network, and why."""
+        images = Split.of(self.base).images
+        model = build(self.base.model, images.classes, images.channels)
+        why = {method: ALL[method].refusal(model, images.train_x[:2]) for method in self.methods}
+        return {method: text for method, text in why.items() if text}
+
+    @property
+    def applicable(self) -> list[str]:
+        return [method for method in self.methods if method not in self.refused]
 
     def best(self, method: str) -> float:
         """The strength whose smaller networks are right most often on the validation images, over all budgets.
@@ -117,7 +131,7 @@ class Arena:
 
     def finished(self) -> list[Settings]:
         """The runs that the test images have judged: each method's best strength, each seed."""
-        chosen = [self.settings(m, self.best(m), seed) for m in self.methods for seed in self.seeds]
+        chosen = [self.settings(m, self.best(m), seed) for m in self.applicable for seed in self.seeds]
         return [settings for settings in chosen if (self.folder(settings) / FINAL).exists()]
 
     def measure(self) -> None:
@@ -166,12 +180,16 @@ class Arena:
                         seconds, share = of[str(row["cut"])]
                         measured |= {f"latency_ms_{batch}": 1e3 * seconds, f"latency_left_{batch}": share}
                 rows.append({**about, **row, **measured})
-        return rows
+        return rows + self.rows_of_refused()
+
+    def rows_of_refused(self) -> list[dict[str, Any]]:
+        base = {"data": self.base.data, "model": self.base.model, "epochs": self.base.epochs}
+        return [{**base, "method": m, "kind": ALL[m].kind, "note": why} for m, why in self.refused.items()]
 
     def search_rows(self) -> list[dict[str, Any]]:
         """One row for each cut of each strength that was tried, on the validation images."""
         rows = []
-        for method in self.methods:
+        for method in self.applicable:
             best = self.best(method)
             for strength in self.strengths(method):
                 settings = self.settings(method, strength, self.seeds[0])
