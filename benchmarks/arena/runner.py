@@ -43,6 +43,16 @@ class Arena:
     jobs: int = 1
     threads: int = 1
 
+    @property
+    def searched(self) -> list[str]:
+        """The methods all of whose strengths have been tried."""
+        first = self.seeds[0]
+        return [
+            m
+            for m in self.applicable
+            if all((self.folder(self.settings(m, s, first)) / SEARCH).exists() for s in self.strengths(m))
+        ]
+
     def settings(self, method: str, strength: float, seed: int) -> Settings:
         return replace(self.base, method=method, strength=strength, seed=seed)
 
@@ -130,8 +140,8 @@ class Arena:
         return {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
 
     def finished(self) -> list[Settings]:
-        """The runs that the test images have judged: each method's best strength, each seed."""
-        chosen = [self.settings(m, self.best(m), seed) for m in self.applicable for seed in self.seeds]
+        """The runs that the test images have judged: the best strength of each method that is searched, each seed."""
+        chosen = [self.settings(m, self.best(m), seed) for m in self.searched for seed in self.seeds]
         return [settings for settings in chosen if (self.folder(settings) / FINAL).exists()]
 
     def measure(self) -> None:
@@ -189,7 +199,7 @@ class Arena:
     def search_rows(self) -> list[dict[str, Any]]:
         """One row for each cut of each strength that was tried, on the validation images."""
         rows = []
-        for method in self.applicable:
+        for method in self.searched:
             best = self.best(method)
             for strength in self.strengths(method):
                 settings = self.settings(method, strength, self.seeds[0])
