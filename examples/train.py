@@ -1,8 +1,8 @@
 """Train a small image classifier with feature flow regularization, or another way to a smaller network.
 
-    python examples/train.py                                            # ResNet-20 on scikit-learn's digits, FFR + scales
-    python examples/train.py --method ffr                               # FFR alone
-    python examples/train.py --method none                              # the same without
+    python examples/train.py                                # ResNet-20 on scikit-learn's digits, with FFR + scales
+    python examples/train.py --method ffr                   # FFR alone
+    python examples/train.py --method none                  # the same without
     python examples/train.py --method slimming --budget 0.5             # network slimming, to half of the FLOPs
     python examples/train.py --data cifar10 --data-dir ~/cifar-10-batches-py --model resnet56 --epochs 200
 

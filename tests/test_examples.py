@@ -239,7 +239,9 @@ def test_training_writes_its_logs(tmp_path: Path) -> None:
 
 def test_the_penalty_is_off_when_both_weights_are_zero_and_takes_effect_otherwise(tmp_path: Path) -> None:
     off = train.main(options(epochs=1, method="ffr", ffr_gradient=0, ffr_curvature=0, out=tmp_path / "off"))
-    on = train.main(options(epochs=1, method="ffr", ffr_gradient=30, ffr_curvature=0, norm="l2", out=tmp_path / "on"))
+    on = train.main(
+        options(epochs=1, method="ffr", ffr_gradient=30, ffr_curvature=0, norm="l2", out=tmp_path / "on")
+    )
     assert off.history[0].penalty == 0
     assert on.history[0].penalty > 0
     assert on.terms[0]["value"] < off.terms[0]["value"]  # the flow got shorter

@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--report", type=Path, help="where the CSV, the table and the pictures go (default: --out)"
     )
-    arguments.add_argument("--report-only", action="store_true", help="of what is finished; trains and measures nothing")
+    arguments.add_argument(
+        "--report-only", action="store_true", help="of what is finished; trains and measures nothing"
+    )
     arguments.add_argument(
         "--pages", nargs="*", type=Path, default=[], help="Markdown whose marked tables are made anew"
     )

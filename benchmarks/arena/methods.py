@@ -30,7 +30,6 @@ class Method:
     weight_decay: Callable[[float], float] | None = None  # instead of the recipe's, by strength
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
 
-
     def refusal(self, model: nn.Module, example: Tensor) -> str:
         """Why it has nothing to do with such a network; empty where it has."""
         try:
@@ -129,7 +128,9 @@ METHODS = {
     method.name: method
     for method in (
         Method("none", FILTERS, (0.0,), none),
-        Method("weight-decay", FILTERS, (1e-3, 2e-3, 1e-2, 3e-2), none, weight_decay=lambda strength: strength),
+        Method(
+            "weight-decay", FILTERS, (1e-3, 2e-3, 1e-2, 3e-2), none, weight_decay=lambda strength: strength
+        ),
         Method("slimming", FILTERS, (3e-3, 1e-2, 2e-2, 4e-2), slimming),
         Method("group-lasso", FILTERS, (3e-4, 1e-3, 3e-3, 1e-2), group_lasso),
         Method("sgl-l0", FILTERS, (3e-4, 1e-3, 3e-3, 1e-2), sparse_group_lasso_l0),

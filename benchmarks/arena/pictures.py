@@ -97,7 +97,13 @@ def _cost(rows: Rows, path: Path) -> Path:
             continue
         point = (100 * e["added_time"], 100 * e["flops_left"])
         axes.plot(*point, "o", color=_style(number)["color"])
-        axes.annotate(f"{e['method']} ({100 * e['accuracy']:.1f} %)", point, (4, 3), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            f"{e['method']} ({100 * e['accuracy']:.1f} %)",
+            point,
+            (4, 3),
+            textcoords="offset points",
+            fontsize=7,
+        )
     axes.set(yscale="log", xlabel="added time of a training step, %", ylabel="FLOPs left of what died, %")
     axes.grid(alpha=0.3)
     return _save(figure, path)

@@ -13,7 +13,19 @@ from statistics import mean, stdev
 from typing import Any
 
 COLUMNS = [
-    *("data", "model", "method", "kind", "strength", "seed", "epochs", "train_images", "cut", "how", "finetuned"),
+    *(
+        "data",
+        "model",
+        "method",
+        "kind",
+        "strength",
+        "seed",
+        "epochs",
+        "train_images",
+        "cut",
+        "how",
+        "finetuned",
+    ),
     *("accuracy_whole", "accuracy", "flops_left", "parameters_left", "blocks_removed", "layers_removed"),
     *("latency_left_1", "latency_left_128", "latency_ms_1", "latency_ms_128", "max_error", "filters"),
     *("training_seconds", "added_time", "peak_memory_mib", "commit", "torch", "processor", "note"),
@@ -126,7 +138,7 @@ def budget_table(rows: Rows) -> str:
     budgets = list(dict.fromkeys(e["cut"] for e in entries if e["cut"] != "died"))
     wanted = [(cut, tuned) for cut in budgets for tuned in (False, True)]
     best = {
-        which: max((e["accuracy"] for e in entries if (e["cut"], bool(e["finetuned"])) == which and e["seeds"]))
+        which: max(e["accuracy"] for e in entries if (e["cut"], bool(e["finetuned"])) == which and e["seeds"])
         for which in wanted
         if any((e["cut"], bool(e["finetuned"])) == which and e["seeds"] for e in entries)
     }
@@ -160,7 +172,9 @@ def _name(method: str, best: set[str]) -> str:
 def _cell(entry: dict[str, Any], name: str, factor: float, form: str) -> str:
     if not entry["seeds"] or math.isnan(entry[name]):
         return "-"
-    spread = f" ± {factor * entry[f'{name}_spread']:{form}}" if entry["seeds"] > 1 and name not in ONCE else ""
+    spread = (
+        f" ± {factor * entry[f'{name}_spread']:{form}}" if entry["seeds"] > 1 and name not in ONCE else ""
+    )
     return f"{factor * entry[name]:{form}}{spread}"
 
 
@@ -172,7 +186,9 @@ TABLES = {
         rows, methods=["none", "slimming", "group-lasso", "torch-pruning", "ffr", "ffr+slimming"]
     ),
 }
-_BLOCK = re.compile(r"<!-- arena: (?P<name>[\w-]+), (?P<kind>[\w ,-]+) -->\n.*?<!-- arena: end -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- arena: (?P<name>[\w-]+), (?P<kind>[\w ,-]+) -->\n.*?<!-- arena: end -->", re.DOTALL
+)
 
 
 def fill(text: str, folder: Path) -> str:

@@ -178,7 +178,9 @@ class Arena:
         """One row for each smaller network of each finished run, on the test images."""
         rows = []
         for settings in self.finished():
-            about = {name: getattr(settings, name) for name in ("data", "model", "method", "strength", "seed")}
+            about = {
+                name: getattr(settings, name) for name in ("data", "model", "method", "strength", "seed")
+            }
             about |= {"kind": ALL[settings.method].kind, "epochs": settings.epochs}
             about |= {"train_images": settings.train_images or "all"}
             about |= _json(self._cost_file(settings))

@@ -143,8 +143,8 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
 
 
 def flow_layers(model: nn.Module) -> list[str]:
-    """The points of the feature flow: stem and residual blocks of a ResNet, all activations of a VGG, both convolutions of
-    a LeNet-5 (their shapes differ: one term, with ``transition="pool"``).
+    """The points of the feature flow: stem and residual blocks of a ResNet, all activations of a VGG, both
+    convolutions of a LeNet-5 (their shapes differ: one term, with ``transition="pool"``).
 
     Not the activations inside residual blocks: with weights that suit the block outputs, penalising those
     as well kills the network.

@@ -129,7 +129,10 @@ def test_the_strength_is_chosen_without_the_test_images(tmp_path: Path) -> None:
     for strength, accuracy in zip(arena.strengths("ffr"), (0.4, 0.9, 0.6, 0.1), strict=True):
         folder = arena.folder(arena.settings("ffr", strength, 0))
         folder.mkdir(parents=True)
-        rows = [{"cut": "died", "accuracy": 1 - accuracy, "flops_left": 0.5}, {"cut": 0.5, "accuracy": accuracy}]
+        rows = [
+            {"cut": "died", "accuracy": 1 - accuracy, "flops_left": 0.5},
+            {"cut": 0.5, "accuracy": accuracy},
+        ]
         (folder / "search.json").write_text(json.dumps(rows))
     assert arena.best("ffr") == arena.strengths("ffr")[1]
 
