@@ -1,4 +1,4 @@
-"""Pictures of training runs. Colours: grey without, orange with FFR, green with FFR + scales; darker is deeper in the network."""
+"""Pictures of training runs. Colours: grey without, orange with FFR, green with FFR + scales; darker is deeper."""
 
 from __future__ import annotations
 
