@@ -41,9 +41,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--report", type=Path, help="where the CSV, the table and the pictures go (default: --out)"
     )
-    arguments.add_argument(
-        "--report-only", action="store_true", help="of what is finished; trains and measures nothing"
-    )
+    arguments.add_argument("--report-only", action="store_true", help="of what is finished; trains nothing")
     arguments.add_argument(
         "--pages", nargs="*", type=Path, default=[], help="Markdown whose marked tables are made anew"
     )
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not options.report_only:
         arena.run()
-        arena.measure()
+    arena.measure()
     rows = arena.rows()
     if not rows:
         print("no run is finished yet")

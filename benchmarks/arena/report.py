@@ -117,7 +117,7 @@ def died_table(rows: Rows, finetuned: bool = False, methods: Sequence[str] | Non
     """Markdown, a line a method: the smallest network that lost at most a point; bold: on the Pareto front."""
     entries = [e for e in summary(rows) if e["cut"] == "died" and bool(e["finetuned"]) == finetuned]
     best = front(entries)
-    lines = _head(["method", "strength", "takes out", "seeds", *DIED])
+    lines = _head(["method", "strength", "acts on", "seeds", *DIED])
     for entry in entries:
         if methods is not None and entry["method"] not in methods:
             continue
