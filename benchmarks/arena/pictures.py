@@ -49,7 +49,7 @@ def _accuracy(rows: Rows, path: Path, finetuned: bool) -> Path:
     entries = [e for e in summary(rows) if bool(e["finetuned"]) == finetuned and e["seeds"]]
     for number, method in enumerate(dict.fromkeys(e["method"] for e in entries)):
         line = sorted((100 * e["flops_left"], 100 * e["accuracy"]) for e in entries if e["method"] == method)
-        axes.plot(*zip(*line, strict=True), **_style(number), label=method)
+        axes.plot(*zip(*line, strict=True), **_style(number), marker="o", markersize=4, label=method)
         dots = [
             (100 * row["flops_left"], 100 * row["accuracy"])
             for row in rows
