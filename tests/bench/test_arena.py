@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from benchmarks.__main__ import main
-from benchmarks.arena import report
+from benchmarks.arena import report, worker
 from benchmarks.arena.cuts import cuts_of, validation_rows, without_empty_blocks
 from benchmarks.arena.methods import ABLATION, METHODS
 from benchmarks.arena.runner import ROOT, Arena
@@ -163,8 +163,20 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_command_leaves_rows_tables_and_pictures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Done:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+    def start(self: Arena, settings: Settings, test: bool) -> Any:
+        """As the worker's process would, without starting one."""
+        worker.main(self._command(settings, "--test" if test else "")[3:])
+        return Done()
+
+    monkeypatch.setattr(Arena, "start", start)
     page = tmp_path / "page.md"
     page.write_text("<!-- arena: digits-resnet8, died -->\nold\n<!-- arena: end -->\n")
     tiny = ["--model", "resnet8", "--epochs", "1", "--finetune-epochs", "1", "--train-images", "200"]
