@@ -13,7 +13,7 @@ help:  ## this list
 build:  ## build and install the package, editable, and say what it can do
 	@python=$$($(bootstrap) build) && $$python -m ffr_ext info
 
-demo:  ## train on real images with and without FFR, draw the pictures under runs/demo
+demo:  ## train on real images without a penalty, with FFR, with FFR and scales; draw the pictures under runs/demo
 	@python=$$($(bootstrap) demo) && $$python examples/demo.py $(ARGS)
 
 test:  ## everything pytest knows; ARGS="-k name" for less

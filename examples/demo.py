@@ -1,4 +1,5 @@
-"""Watch feature flow regularization make filters vanish: the same network trained without it and with it.
+"""Watch filters vanish: the same network trained without a penalty, with feature flow regularization (FFR), and with
+FFR and an l1 penalty of the norms' scales, the recipe that docs/arena.md ends with.
 
     make demo                                # sets everything up first
     python examples/demo.py                  # in an environment with ffr-ext[demo]
@@ -22,6 +23,7 @@ from typing import Any
 from common import plots
 from common.data import Images, load
 from common.filters import DEAD, Pruned, prune
+from common.methods import FFR_WEIGHTS, WEIGHTS
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,13 +35,12 @@ from rich.progress import (
 from rich.table import Table
 from train import Config, Run, write_csv
 
-WITHOUT, WITH = "without FFR", "with FFR"
+WITHOUT, WITH, BOTH = "without FFR", "with FFR", "FFR + scales"
 
 
-def train_both(config: Config, images: Images, console: Console) -> dict[str, Run]:
-    """Train twice from the same seed on the same batches, without and with the penalty, in two processes
-    side by side."""
-    configs = {WITHOUT: replace(config, ffr_gradient=0.0, ffr_curvature=0.0), WITH: config}
+def train_all(configs: dict[str, Config], images: Images, console: Console) -> dict[str, Run]:
+    """Train from the same seed on the same batches, each in a process of its own, side by side."""
+    epochs = next(iter(configs.values())).epochs
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),
@@ -53,7 +54,7 @@ def train_both(config: Config, images: Images, console: Console) -> dict[str, Ru
         messages = context.Queue()
         paths = {label: Path(folder) / f"{number}.pt" for number, label in enumerate(configs)}
         tasks = {
-            label: progress.add_task(label, total=config.epochs, accuracy=0.0, dead=0, filters=0)
+            label: progress.add_task(label, total=epochs, accuracy=0.0, dead=0, filters=0)
             for label in configs
         }
         processes = [
@@ -85,7 +86,7 @@ def train_one(label: str, config: Config, path: Path, messages: Any) -> None:
 def layer_table(results: dict[str, Pruned]) -> Table:
     """Dead filters per layer and in all."""
     table = Table(title=f"Filters with an effective scale of at most {DEAD:g}")
-    table.add_column("convolution")
+    table.add_column("convolution", no_wrap=True)
     table.add_column("filters", justify="right")
     for label in results:
         table.add_column(f"dead, {label}", justify="right")
@@ -128,9 +129,9 @@ def _gone(sizes: tuple[int, int]) -> str:
 
 
 def write_results(runs: dict[str, Run], results: dict[str, Pruned], folder: Path) -> list[Path]:
-    """CSV logs of both runs, the tables, and the pictures."""
+    """CSV logs of the runs, the tables, and the pictures."""
     for label, run in runs.items():
-        run.write_logs(folder / label.replace(" ", "_"))
+        run.write_logs(folder / label.replace(" + ", "_").replace(" ", "_"))
     filters = [
         {"run": label, "layer": row.name, "filters": row.filters, "dead": row.zero_filters}
         for label, result in results.items()
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     arguments.add_argument("--epochs", type=int, default=default.epochs)
     arguments.add_argument("--model", default=default.model, help=f"default {default.model}")
     arguments.add_argument(
-        "--weight", type=float, default=default.ffr_gradient, help="of length and curvature"
+        "--weight", type=float, default=FFR_WEIGHTS["ffr"], help="of length and curvature, of FFR alone"
     )
     arguments.add_argument("--seed", type=int, default=default.seed)
     arguments.add_argument(
@@ -186,21 +187,24 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
         default,
         epochs=options.epochs,
         model=options.model,
-        ffr_gradient=options.weight,
-        ffr_curvature=options.weight,
         seed=options.seed,
         threads=options.threads,
         backend=options.backend,
     )
+    configs = {
+        WITHOUT: replace(config, method="none", ffr_gradient=0.0, ffr_curvature=0.0),
+        WITH: replace(config, method="ffr", ffr_gradient=options.weight, ffr_curvature=options.weight),
+        BOTH: config,
+    }
     console = Console()
     images = load("digits")
     console.print(
         f"{config.model} on {len(images.train_x)} handwritten digits, {config.epochs} epochs, "
-        f"FFR weights {config.ffr_gradient:g} (length) and {config.ffr_curvature:g} (curvature), seed "
-        f"{config.seed}"
+        f"FFR weights {options.weight:g} (length and curvature); with scales {config.ffr_gradient:g}, and "
+        f"{WEIGHTS[config.method]:g} for the scales; seed {config.seed}"
     )
     start = time.perf_counter()
-    runs = train_both(config, images, console)
+    runs = train_all(configs, images, console)
     results = {label: prune(run.model, images.test_x[:8]) for label, run in runs.items()}
     console.print(layer_table(results))
     console.print(network_table(runs, results))

@@ -115,7 +115,7 @@ def draw(model: nn.Module, selection: Selection, images: Images, out: Path, labe
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    default = Config()
+    default = Config(method="ffr")
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

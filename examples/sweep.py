@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Config()
+    default = Config(method="ffr")
     arguments.add_argument("--weights", type=float, nargs="+", default=[0.0, 1.0, 3.0])
     arguments.add_argument("--epochs", type=int, nargs="+", default=[default.epochs])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

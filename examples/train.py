@@ -1,7 +1,8 @@
 """Train a small image classifier with feature flow regularization, or another way to a smaller network.
 
-    python examples/train.py                                            # ResNet-20 on scikit-learn's digits, with FFR
-    python examples/train.py --ffr-gradient 0 --ffr-curvature 0         # the same without
+    python examples/train.py                                # ResNet-20 on scikit-learn's digits, with FFR + scales
+    python examples/train.py --method ffr                   # FFR alone
+    python examples/train.py --method none                  # the same without
     python examples/train.py --method slimming --budget 0.5             # network slimming, to half of the FLOPs
     python examples/train.py --data cifar10 --data-dir ~/cifar-10-batches-py --model resnet56 --epochs 200
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from common.data import DATA, Images, batches, load
 from common.filters import DEAD, convolutions, prune
-from common.methods import METHODS, cut_epochs, make_regularizer, make_smaller
+from common.methods import FFR_WEIGHTS, METHODS, cut_epochs, make_regularizer, make_smaller
 from common.models import MODELS, build, flow_layers
 from torch import nn
 
@@ -51,12 +52,12 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-3
-    method: str = "ffr"
-    weight: float = 0.0  # of the penalty of another method; 0: what examples/common/methods.py says
+    method: str = "ffr+slimming"
+    weight: float = 0.0  # of a penalty of weights; 0: what examples/common/methods.py says
     budget: float = 0.0  # share of the FLOPs to come down to; 0: the network is not cut
     rounds: int = 3
-    ffr_gradient: float = 3.0
-    ffr_curvature: float = 3.0
+    ffr_gradient: float = -1.0  # below 0: what examples/common/methods.py says
+    ffr_curvature: float = -1.0
     norm: str = "l1"
     backend: str = "auto"
     seed: int = 0
@@ -69,10 +70,14 @@ class Config:
             raise ValueError(f"budget: expected a share of the FLOPs in 0 .. 1, got {self.budget:g}")
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.ffr_gradient < 0:
+            self.ffr_gradient = FFR_WEIGHTS.get(self.method, 0.0)
+        if self.ffr_curvature < 0:
+            self.ffr_curvature = FFR_WEIGHTS.get(self.method, 0.0)
 
     @property
     def with_ffr(self) -> bool:
-        return self.method == "ffr" and (self.ffr_gradient != 0 or self.ffr_curvature != 0)
+        return self.method in FFR_WEIGHTS and (self.ffr_gradient != 0 or self.ffr_curvature != 0)
 
 
 @dataclass
@@ -195,7 +200,7 @@ class Run:
                 sums += torch.stack([task * len(y), penalty * len(y), correct])
         loss, penalty_mean, accuracy = (sums / len(images.train_x)).tolist()
         if self.regularizer is not None:
-            penalty_mean = float(sum(self.regularizer.terms().values()))
+            penalty_mean += float(sum(self.regularizer.terms().values()))
         number = len(self.history) + 1
         for epoch in cut_epochs(self.config.epochs, self.config.rounds) if self.config.budget else []:
             if epoch == number:

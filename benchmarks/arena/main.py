@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..reporting import results
-from . import report
+from . import pictures, report
 from .methods import ABLATION, ALL, METHODS
 from .runner import Arena
 from .training import Settings
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.12], help="shares of the FLOPs"
     )
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    arguments.add_argument("--tries", type=int, default=3, help="strengths that are tried for each method")
+    arguments.add_argument("--tries", type=int, default=4, help="strengths that are tried for each method")
     arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments.add_argument("--threads", type=int, default=1, help="of each run")
     arguments.add_argument(
@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         "--report", type=Path, help="where the CSV, the table and the pictures go (default: --out)"
     )
     arguments.add_argument("--report-only", action="store_true", help="of what is finished; trains nothing")
+    arguments.add_argument(
+        "--pages", nargs="*", type=Path, default=[], help="Markdown whose marked tables are made anew"
+    )
     for field in fields(Settings):
         if field.name not in OWN:
             name = f"--{field.name.replace('_', '-')}"
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not options.report_only:
         arena.run()
+    arena.measure()
     rows = arena.rows()
     if not rows:
         print("no run is finished yet")
@@ -74,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{options.data}-{options.model}{'-ablation' if options.ablation else ''}"
     about = {"commit": results.commit(), "torch": torch.__version__, "processor": results.processor()}
     report.write_csv(rows, folder / f"{name}.csv", about)
-    for finetuned in (False, True):
-        print(
-            f"\n{'after fine-tuning' if finetuned else 'right after the cut'}\n{report.table(rows, finetuned)}"
-        )
-        report.draw(rows, folder / f"{name}{'-finetuned' if finetuned else ''}.png", finetuned)
-    print(f"\nwrote {folder / name}.csv and two pictures")
+    report.write_csv(arena.search_rows(), folder / f"{name}-search.csv", {}, report.SEARCH_COLUMNS)
+    rows = report.read_csv(folder / f"{name}.csv")
+    for kind in ("died", "budgets"):
+        print(f"\n{kind}\n{report.TABLES[kind](rows)}")
+    drawn = pictures.draw(rows, folder, name)
+    for page in options.pages:
+        page.write_text(report.fill(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
+    print(f"\nwrote {folder / name}.csv and {len(drawn)} pictures")
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from examples.common.models import flow_layers
+from examples.common.models import LeNet5, flow_layers
 from ffr_ext import FeatureFlow
 from ffr_ext.regularizers import BaseRegularizer, OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 
@@ -24,11 +24,19 @@ class Method:
     """One line of the table."""
 
     name: str
-    kind: str  # what kind of pruning it is
-    strengths: tuple[float, ...]  # those that are tried, the same number for every method
+    kind: str  # what it acts on: the kind of pruning it is
+    strengths: tuple[float, ...]  # those that are tried, the same number for every method that has one
     make: Make = field(repr=False)
     weight_decay: Callable[[float], float] | None = None  # instead of the recipe's, by strength
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
+
+    def refusal(self, model: nn.Module, example: Tensor) -> str:
+        """Why it has nothing to do with such a network; empty where it has."""
+        try:
+            self.make(model, example, self.strengths[0])
+        except ValueError as error:
+            return str(error).splitlines()[0]
+        return ""
 
 
 def none(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
@@ -44,6 +52,8 @@ def ffr(
     **options: Any,
 ) -> list[Any]:
     """Feature flow regularization of the stem and the blocks; `shares` of the strength for length and curvature."""
+    if isinstance(model, LeNet5):
+        options["transition"] = "pool"
     flow = FeatureFlow(
         model,
         list(layers or flow_layers(model)),
@@ -85,7 +95,7 @@ class TorchPruning(BaseRegularizer):
         self.pruner = torch_pruning.pruner.GroupNormPruner(
             model,
             example,
-            importance=torch_pruning.importance.GroupNormImportance(),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             reg=weight,
             ignored_layers=heads[-1:],
         )
@@ -112,23 +122,31 @@ def together(first: Make, second: Make, second_share: float) -> Make:
     return make
 
 
-FILTERS, BLOCKS, BOTH = "filters (width)", "blocks (depth)", "blocks and filters"
+FEATURES = "features of blocks"
 
 METHODS = {
     method.name: method
     for method in (
-        Method("none", FILTERS, (0.0, 0.0, 0.0), none),
-        Method("weight-decay", FILTERS, (1e-3, 2e-3, 1e-2), none, weight_decay=lambda strength: strength),
-        Method("slimming", FILTERS, (3e-3, 1e-2, 2e-2), slimming),
-        Method("group-lasso", FILTERS, (3e-4, 1e-3, 3e-3), group_lasso),
-        Method("sgl-l0", FILTERS, (3e-4, 1e-3, 3e-3), sparse_group_lasso_l0),
-        Method("oicsr", FILTERS, (3e-4, 1e-3, 3e-3), oicsr),
-        Method("ffr", BLOCKS, (1.0, 3.0, 6.0), ffr),
-        Method("ffr+slimming", BOTH, (0.5, 1.0, 2.0), together(ffr, slimming, 1e-2)),
-        Method("ffr+group-lasso", BOTH, (0.5, 1.0, 2.0), together(ffr, group_lasso, 1e-3)),
-        Method("ffr+oicsr", BOTH, (0.5, 1.0, 2.0), together(ffr, oicsr, 1e-3)),
-        Method("stressed-nets", FILTERS, (0.5, 0.8, 0.95), stress, synthesis=True),
-        Method("torch-pruning", FILTERS, (1e-4, 1e-3, 1e-2), torch_pruning),
+        Method("none", "nothing", (0.0,), none),
+        Method(
+            "weight-decay",
+            "all weights",
+            (1e-3, 2e-3, 1e-2, 3e-2),
+            none,
+            weight_decay=lambda strength: strength,
+        ),
+        Method("slimming", "scales", (3e-3, 1e-2, 2e-2, 4e-2), slimming),
+        Method("group-lasso", "filters", (3e-4, 1e-3, 3e-3, 1e-2), group_lasso),
+        Method("sgl-l0", "filters and weights", (3e-4, 1e-3, 3e-3, 1e-2), sparse_group_lasso_l0),
+        Method("oicsr", "channels, out and in", (3e-4, 1e-3, 3e-3, 1e-2), oicsr),
+        Method("ffr", FEATURES, (1.0, 3.0, 6.0, 12.0), ffr),
+        Method("ffr+slimming", "features and scales", (0.5, 1.0, 2.0, 4.0), together(ffr, slimming, 1e-2)),
+        Method(
+            "ffr+group-lasso", "features and filters", (0.5, 1.0, 2.0, 4.0), together(ffr, group_lasso, 1e-3)
+        ),
+        Method("ffr+oicsr", "features and channels", (0.5, 1.0, 2.0, 4.0), together(ffr, oicsr, 1e-3)),
+        Method("stressed-nets", "filters, drawn", (0.2, 0.5, 0.8, 0.95), stress, synthesis=True),
+        Method("torch-pruning", "channels, coupled", (1e-4, 1e-3, 1e-2, 1e-1), torch_pruning),
     )
 }
 
@@ -155,14 +173,14 @@ ABLATION = {
     method.name: method
     for method in (
         METHODS["ffr"],
-        _variant("ffr-l2", BLOCKS, (1.0, 3.0, 6.0), norm="l2"),
-        _variant("ffr-l2-squared", BLOCKS, (1.0, 3.0, 6.0), norm="l2_squared"),
-        _variant("ffr-angle", BLOCKS, (0.1, 0.3, 1.0), curvature_kind="angle"),
-        _variant("ffr-length-only", BLOCKS, (1.0, 3.0, 6.0), shares=(1.0, 0.0)),
-        _variant("ffr-curvature-only", BLOCKS, (1.0, 3.0, 6.0), shares=(0.0, 1.0)),
-        _variant("ffr-pool", BLOCKS, (1.0, 3.0, 6.0), transition="pool"),
-        Method("ffr-inner", BOTH, (0.1, 0.3, 1.0), _inner_features),
-        Method("ffr-no-decay", BLOCKS, (1.0, 3.0, 6.0), ffr, weight_decay=lambda strength: 5e-4),
+        _variant("ffr-l2", FEATURES, (1.0, 3.0, 6.0, 12.0), norm="l2"),
+        _variant("ffr-l2-squared", FEATURES, (1.0, 3.0, 6.0, 12.0), norm="l2_squared"),
+        _variant("ffr-angle", FEATURES, (0.1, 0.3, 1.0, 3.0), curvature_kind="angle"),
+        _variant("ffr-length-only", FEATURES, (1.0, 3.0, 6.0, 12.0), shares=(1.0, 0.0)),
+        _variant("ffr-curvature-only", FEATURES, (1.0, 3.0, 6.0, 12.0), shares=(0.0, 1.0)),
+        _variant("ffr-pool", FEATURES, (1.0, 3.0, 6.0, 12.0), transition="pool"),
+        Method("ffr-inner", "features, inner too", (0.1, 0.3, 1.0, 3.0), _inner_features),
+        Method("ffr-no-decay", FEATURES, (1.0, 3.0, 6.0, 12.0), ffr, weight_decay=lambda strength: 5e-4),
     )
 }
 

@@ -1,9 +1,11 @@
-"""The table, the CSV and the pictures of an arena."""
+"""The CSVs of an arena, and the tables that follow from them."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +13,58 @@ from statistics import mean, stdev
 from typing import Any
 
 COLUMNS = [
-    *("data", "model", "method", "kind", "strength", "seed", "epochs", "cut", "finetuned"),
-    *("accuracy_whole", "accuracy", "flops_left", "parameters_left", "latency_left", "latency_ms"),
-    *("blocks_removed", "layers_removed", "max_error"),
-    *("training_seconds", "added_time", "peak_memory_mib", "note"),
-    *("commit", "torch", "processor"),
+    *(
+        "data",
+        "model",
+        "method",
+        "kind",
+        "strength",
+        "seed",
+        "epochs",
+        "train_images",
+        "cut",
+        "how",
+        "finetuned",
+    ),
+    *("accuracy_whole", "accuracy", "flops_left", "parameters_left", "blocks_removed", "layers_removed"),
+    *("latency_left_1", "latency_left_128", "latency_ms_1", "latency_ms_128", "max_error", "filters"),
+    *("training_seconds", "added_time", "peak_memory_mib", "commit", "torch", "processor", "note"),
 ]
-AVERAGED = ("accuracy", "flops_left", "parameters_left", "latency_left", "blocks_removed", "added_time")
+SEARCH_COLUMNS = [
+    *("method", "strength", "seed", "chosen", "cut", "how", "accuracy_whole", "accuracy", "flops_left"),
+    *("parameters_left", "blocks_removed"),
+]
+AVERAGED = (
+    *("accuracy", "flops_left", "parameters_left", "blocks_removed", "latency_left_1", "latency_left_128"),
+    *("added_time", "peak_memory_mib"),
+)
+DIED = {
+    "accuracy, %": ("accuracy", 100, ".1f"),
+    "FLOPs left, %": ("flops_left", 100, ".1f"),
+    "parameters left, %": ("parameters_left", 100, ".1f"),
+    "blocks gone": ("blocks_removed", 1, ".1f"),
+    "time of 1 image, %": ("latency_left_1", 100, ".0f"),
+    "time of 128, %": ("latency_left_128", 100, ".0f"),
+    "added time a step, %": ("added_time", 100, "+.0f"),
+}
+ONCE = {"added_time"}  # measured once a method: no spread over seeds
 Rows = Sequence[dict[str, Any]]
 
 
-def write_csv(rows: Rows, path: Path, about: dict[str, Any]) -> None:
+def write_csv(rows: Rows, path: Path, about: dict[str, Any], columns: Sequence[str] = COLUMNS) -> None:
     """All rows, each with the commit, versions and machine that made it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**about, **rounded})
+            writer.writerow({**about, **{k: _plain(v) for k, v in row.items()}})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -48,14 +83,15 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
     """Mean and spread over the seeds of every method, cut and amount of fine-tuning."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["method"], row["cut"], row["finetuned"]].append(row)
+        if not row.get("note"):
+            groups[row["method"], row["cut"], row["finetuned"]].append(row)
     result = []
     for (method, cut, finetuned), members in groups.items():
         done = [row for row in members if isinstance(row.get("accuracy"), float)]
         entry: dict[str, Any] = {"method": method, "cut": cut, "finetuned": finetuned, "seeds": len(done)}
         entry |= {"kind": members[0]["kind"], "strength": members[0]["strength"]}
         for name in AVERAGED:
-            values = [row[name] for row in done]
+            values = [row[name] for row in done if isinstance(row.get(name), float)]
             entry[name] = mean(values) if values else math.nan
             entry[f"{name}_spread"] = stdev(values) if len(values) > 1 else 0.0
         result.append(entry)
@@ -77,73 +113,90 @@ def front(entries: Rows) -> set[str]:
     }
 
 
-def table(rows: Rows, finetuned: bool) -> str:
-    """Markdown: a line a method; what died by itself, then the accuracy at each budget."""
-    entries = [e for e in summary(rows) if bool(e["finetuned"]) == finetuned]
-    cuts = list(dict.fromkeys(e["cut"] for e in entries))
-    budgets = [cut for cut in cuts if cut != "died"]
-    best = front([e for e in entries if e["cut"] == "died"])
-    of_died = [
-        "died by itself: accuracy, %",
-        "FLOPs left, %",
-        "parameters left, %",
-        "blocks removed",
-        "added time a step",
+def died_table(rows: Rows, finetuned: bool = False, methods: Sequence[str] | None = None) -> str:
+    """Markdown, a line a method: the smallest network that lost at most a point; bold: on the Pareto front."""
+    entries = [e for e in summary(rows) if e["cut"] == "died" and bool(e["finetuned"]) == finetuned]
+    best = front(entries)
+    lines = _head(["method", "strength", "acts on", "seeds", *DIED])
+    for entry in entries:
+        if methods is not None and entry["method"] not in methods:
+            continue
+        cells = [_name(entry["method"], best), f"{entry['strength']:g}", entry["kind"], str(entry["seeds"])]
+        cells += [_cell(entry, *what) for what in DIED.values()]
+        lines.append(_line(cells))
+    lines += [
+        _line([row["method"], "does not apply", row["kind"], "0", *["-"] * len(DIED)])
+        for row in rows
+        if row.get("note")
     ]
-    heads = ["method", "removes", *of_died, *(f"at {float(cut):.0%} of the FLOPs, %" for cut in budgets)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for method in dict.fromkeys(e["method"] for e in entries):
-        of = {e["cut"]: e for e in entries if e["method"] == method}
-        died = of.get("died")
-        cells = [f"**{method}**" if method in best else method, next(iter(of.values()))["kind"]]
-        if died is not None and died["seeds"]:
-            cells += [
-                _percent(died, "accuracy"),
-                _percent(died, "flops_left"),
-                _percent(died, "parameters_left"),
-            ]
-            cells += [f"{died['blocks_removed']:.1f}", f"{died['added_time']:+.0%}"]
-        else:
-            cells += ["-"] * 5
-        cells += [
-            _percent(of[cut], "accuracy") if cut in of and of[cut]["seeds"] else "not reached"
-            for cut in budgets
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _percent(entry: dict[str, Any], name: str) -> str:
-    spread = f" ± {100 * entry[f'{name}_spread']:.1f}" if entry["seeds"] > 1 else ""
-    return f"{100 * entry[name]:.1f}{spread}"
+def budget_table(rows: Rows) -> str:
+    """Markdown, a line a method: the accuracy at each share of the FLOPs, right after the cut and fine-tuned."""
+    entries = summary(rows)
+    budgets = list(dict.fromkeys(e["cut"] for e in entries if e["cut"] != "died"))
+    wanted = [(cut, tuned) for cut in budgets for tuned in (False, True)]
+    best = {
+        which: max(e["accuracy"] for e in entries if (e["cut"], bool(e["finetuned"])) == which and e["seeds"])
+        for which in wanted
+        if any((e["cut"], bool(e["finetuned"])) == which and e["seeds"] for e in entries)
+    }
+    lines = _head(["method", *(f"{cut:.0%}{', fine-tuned' if tuned else ''}" for cut, tuned in wanted)])
+    for method in dict.fromkeys(e["method"] for e in entries):
+        of = {(e["cut"], bool(e["finetuned"])): e for e in entries if e["method"] == method}
+        cells = []
+        for which in wanted:
+            entry = of.get(which)
+            if entry is None or not entry["seeds"]:
+                cells.append("not reached")
+                continue
+            text = _cell(entry, "accuracy", 100, ".1f")
+            cells.append(f"**{text}**" if entry["accuracy"] == best[which] else text)
+        lines.append(_line([method, *cells]))
+    return "\n".join(lines)
 
 
-def draw(rows: Rows, path: Path, finetuned: bool) -> None:
-    """Accuracy against FLOPs: a line a method through its means, a dot a seed."""
-    import matplotlib
+def _head(names: Sequence[str]) -> list[str]:
+    return [_line(names), "|---" * len(names) + "|"]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    entries = [e for e in summary(rows) if bool(e["finetuned"]) == finetuned and e["seeds"]]
-    for number, method in enumerate(dict.fromkeys(e["method"] for e in entries)):
-        color = f"C{number % 10}"
-        line = sorted((e["flops_left"], e["accuracy"]) for e in entries if e["method"] == method)
-        axes.plot(*zip(*line, strict=True), "-" if number < 10 else "--", color=color, label=method)
-        seeds = [
-            (row["flops_left"], row["accuracy"])
-            for row in rows
-            if row["method"] == method
-            and bool(row["finetuned"]) == finetuned
-            and isinstance(row.get("accuracy"), float)
-        ]
-        axes.plot(*zip(*seeds, strict=True), ".", color=color, alpha=0.6)
-    axes.set_xscale("log")
-    axes.set_xlabel("FLOPs left")
-    axes.set_ylabel("test accuracy")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _name(method: str, best: set[str]) -> str:
+    return f"**{method}**" if method in best else method
+
+
+def _cell(entry: dict[str, Any], name: str, factor: float, form: str) -> str:
+    if not entry["seeds"] or math.isnan(entry[name]):
+        return "-"
+    spread = (
+        f" ± {factor * entry[f'{name}_spread']:{form}}" if entry["seeds"] > 1 and name not in ONCE else ""
+    )
+    return f"{factor * entry[name]:{form}}{spread}"
+
+
+TABLES = {
+    "died": lambda rows: died_table(rows),
+    "died, fine-tuned": lambda rows: died_table(rows, finetuned=True),
+    "budgets": budget_table,
+    "short": lambda rows: died_table(
+        rows, methods=["none", "slimming", "group-lasso", "torch-pruning", "ffr", "ffr+slimming"]
+    ),
+}
+_BLOCK = re.compile(
+    r"<!-- arena: (?P<name>[\w-]+), (?P<kind>[\w ,-]+) -->\n.*?<!-- arena: end -->", re.DOTALL
+)
+
+
+def fill(text: str, folder: Path) -> str:
+    """A page with the tables between its markers made anew from the CSVs of a folder."""
+
+    def block(match: re.Match[str]) -> str:
+        name, kind = match["name"], match["kind"]
+        table = TABLES[kind](read_csv(folder / f"{name}.csv"))
+        return f"<!-- arena: {name}, {kind} -->\n\n{table}\n\n<!-- arena: end -->"
+
+    return _BLOCK.sub(block, text)

@@ -12,13 +12,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from examples.common.models import build
+
+from .cost import latencies
 from .methods import ALL
-from .training import Settings
+from .training import Settings, Split
+from .worker import FINAL, SEARCH
 
 ROOT = Path(__file__).resolve().parents[2]
+BATCHES = (1, 128)  # images, of the latencies
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,19 @@ class Arena:
     seeds: Sequence[int]
     base: Settings  # of every run: data, model, recipe
     out: Path
-    tries: int = 3
+    tries: int = 4
     jobs: int = 1
     threads: int = 1
+
+    @property
+    def searched(self) -> list[str]:
+        """The methods all of whose strengths have been tried."""
+        first = self.seeds[0]
+        return [
+            m
+            for m in self.applicable
+            if all((self.folder(self.settings(m, s, first)) / SEARCH).exists() for s in self.strengths(m))
+        ]
 
     def settings(self, method: str, strength: float, seed: int) -> Settings:
         return replace(self.base, method=method, strength=strength, seed=seed)
@@ -46,25 +65,37 @@ class Arena:
 
     def run(self) -> None:
         """All of it; what is done already is skipped."""
-        first = self.seeds[0]
-        search = [self.settings(m, strength, first) for m in self.methods for strength in self.strengths(m)]
+        for method, why in self.refused.items():
+            print(f"{method} does not apply to {self.base.model}: {why}", flush=True)
+        first, methods = self.seeds[0], self.applicable
+        search = [self.settings(m, strength, first) for m in methods for strength in self.strengths(m)]
         self.work([(settings, False) for settings in search], "search")
         self.work(
-            [(self.settings(m, self.best(m), seed), True) for seed in self.seeds for m in self.methods],
-            "seeds",
+            [(self.settings(m, self.best(m), seed), True) for seed in self.seeds for m in methods], "seeds"
         )
+
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """The methods that have nothing to do with this network, and why."""
+        images = Split.of(self.base).images
+        model = build(self.base.model, images.classes, images.channels)
+        why = {method: ALL[method].refusal(model, images.train_x[:2]) for method in self.methods}
+        return {method: text for method, text in why.items() if text}
+
+    @property
+    def applicable(self) -> list[str]:
+        return [method for method in self.methods if method not in self.refused]
 
     def best(self, method: str) -> float:
         """The strength whose smaller networks are right most often on the validation images, over all budgets.
 
-        A budget that cannot be reached counts as nothing right.
+        A budget that cannot be reached counts as nothing right; of equals, what died by itself decides.
         """
 
-        def score(strength: float) -> float:
-            rows = read(self.folder(self.settings(method, strength, self.seeds[0])) / "validation.json")
-            return sum(row.get("accuracy", 0.0) for row in rows if row["cut"] in self.budgets) / len(
-                self.budgets
-            )
+        def score(strength: float) -> tuple[float, float]:
+            rows = read(self.folder(self.settings(method, strength, self.seeds[0])) / SEARCH)
+            right = sum(row["accuracy"] for row in rows if row["cut"] in self.budgets) / len(self.budgets)
+            return right, -next((row["flops_left"] for row in rows if row["cut"] == "died"), 1.0)
 
         return max(self.strengths(method), key=score)
 
@@ -94,39 +125,100 @@ class Arena:
     def start(self, settings: Settings, test: bool) -> subprocess.Popen[bytes]:
         folder = self.folder(settings)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.arena.worker", json.dumps(asdict(settings)), str(folder)]
-        command += [json.dumps(list(self.budgets)), *(["--test"] if test else [])]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        command = self._command(settings, "--test" if test else "")
         with (folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self._environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def _command(self, settings: Settings, option: str) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.arena.worker", json.dumps(asdict(settings))]
+        command += [str(self.folder(settings)), json.dumps(list(self.budgets))]
+        return [*command, option] if option else command
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+
+    def finished(self) -> list[Settings]:
+        """The runs that the test images have judged: the best strength of each method that is searched, each seed."""
+        chosen = [self.settings(m, self.best(m), seed) for m in self.searched for seed in self.seeds]
+        return [settings for settings in chosen if (self.folder(settings) / FINAL).exists()]
+
+    def measure(self) -> None:
+        """Latencies of all smaller networks, in turns, and what a step of each method costs, one after the other."""
+        finished = self.finished()
+        for settings in {s.method: s for s in reversed(finished)}.values():
+            command = self._command(settings, "--cost")
+            print(f"cost: {settings.method}", flush=True)
+            out = subprocess.run(command, cwd=ROOT, env=self._environment(), capture_output=True, check=True)
+            self._cost_file(settings).write_bytes(out.stdout.splitlines()[-1])
+        self._latencies(finished)
+
+    def _cost_file(self, settings: Settings) -> Path:
+        return self.folder(settings).parent / f"cost-{settings.method}.json"
+
+    def _latencies(self, finished: Sequence[Settings]) -> None:
+        torch.set_num_threads(self.threads)
+        images = Split.of(self.base).images
+        models: dict[Any, nn.Module] = {}
+        for settings in finished:
+            for cut in torch.load(self.folder(settings) / "cuts.pt", weights_only=False):  # our own file
+                if cut.model is not None:
+                    models[self.folder(settings), str(cut.cut)] = cut.model
+        models[None] = build(self.base.model, images.classes, images.channels)
+        for batch in BATCHES:
+            print(f"latency: {len(models)} networks, batch {batch}", flush=True)
+            taken = latencies(models, images.test_x[:batch])
+            whole = taken.pop(None)
+            for folder in {folder for folder, _ in taken}:
+                of = {cut: [t, t / whole] for (where, cut), t in taken.items() if where == folder}
+                (folder / f"latency-{batch}.json").write_text(json.dumps(of))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each smaller network of each finished run, on the test images."""
         rows = []
-        for method in self.methods:
-            if not all(
-                self.folder(self.settings(method, s, self.seeds[0])).joinpath("validation.json").exists()
-                for s in self.strengths(method)
-            ):
-                continue
-            strength = self.best(method)
-            for seed in self.seeds:
-                settings = self.settings(method, strength, seed)
-                about = {
-                    "data": settings.data,
-                    "model": settings.model,
-                    "method": method,
-                    "kind": ALL[method].kind,
-                }
-                about |= {"strength": strength, "seed": seed, "epochs": settings.epochs}
-                rows += [{**about, **row} for row in read(self.folder(settings) / "test.json")]
+        for settings in self.finished():
+            about = {
+                name: getattr(settings, name) for name in ("data", "model", "method", "strength", "seed")
+            }
+            about |= {"kind": ALL[settings.method].kind, "epochs": settings.epochs}
+            about |= {"train_images": settings.train_images or "all"}
+            about |= _json(self._cost_file(settings))
+            latency = {batch: _json(self.folder(settings) / f"latency-{batch}.json") for batch in BATCHES}
+            for row in read(self.folder(settings) / FINAL):
+                measured = {}
+                for batch, of in latency.items():
+                    if str(row["cut"]) in of:
+                        seconds, share = of[str(row["cut"])]
+                        measured |= {f"latency_ms_{batch}": 1e3 * seconds, f"latency_left_{batch}": share}
+                rows.append({**about, **row, **measured})
+        return rows + self.rows_of_refused()
+
+    def rows_of_refused(self) -> list[dict[str, Any]]:
+        base = {"data": self.base.data, "model": self.base.model, "epochs": self.base.epochs}
+        return [{**base, "method": m, "kind": ALL[m].kind, "note": why} for m, why in self.refused.items()]
+
+    def search_rows(self) -> list[dict[str, Any]]:
+        """One row for each cut of each strength that was tried, on the validation images."""
+        rows = []
+        for method in self.searched:
+            best = self.best(method)
+            for strength in self.strengths(method):
+                settings = self.settings(method, strength, self.seeds[0])
+                about = {"method": method, "strength": strength, "seed": settings.seed}
+                about["chosen"] = int(strength == best)
+                rows += [{**about, **row} for row in read(self.folder(settings) / SEARCH)]
         return rows
 
 
 def _result(test: bool) -> str:
-    return "test.json" if test else "validation.json"
+    return FINAL if test else SEARCH
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a run; none where it is not finished."""
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

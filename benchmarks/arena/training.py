@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from examples.common.data import Images, batches, load
 from examples.common.models import build
 from ffr_ext.pruning import synthesize
 
-from .methods import ALL, Method, none
+from .methods import ALL, Method
 
 GENERATIONS = (0.4, 0.6, 0.8)  # of the epochs: after these StressedNets draws who survives
 
@@ -169,28 +167,6 @@ class Run:
             regularizer.load_state_dict(kept)
         return True
 
-    def added_time(self, steps: int = 12) -> float:
-        """How much longer a step takes with the method, as a share of the step without: both in turns, of copies."""
-        x, y = (part[: self.settings.batch_size] for part in self.split.train)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        variants = {}
-        for with_penalty in times:
-            model = copy.deepcopy(self.model).train()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            make = self.method.make if with_penalty else none
-            regularizers = make(model, self.example, self.settings.strength)
-            for regularizer in regularizers:
-                regularizer.attach()
-            variants[with_penalty] = (model, optimizer, regularizers)
-        for turn in range(2 * (steps + 2)):
-            with_penalty = bool((turn + turn // 2) % 2)  # A B B A ...: neither always goes first
-            begin = time.perf_counter()
-            step(*variants[with_penalty], x, y)
-            if turn >= 4:
-                times[with_penalty].append(time.perf_counter() - begin)
-        middle = {which: sorted(taken)[len(taken) // 2] for which, taken in times.items()}
-        return middle[True] / middle[False] - 1
-
 
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, regularizers: list[Any], x: Tensor, y: Tensor
@@ -221,8 +197,3 @@ def accuracy(model: nn.Module, images: tuple[Tensor, Tensor]) -> float:
     model.eval()
     pairs = batches(*images, 500)
     return sum(float((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(images[0])
-
-
-def peak_memory() -> float:
-    """The most memory that this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,7 +1,8 @@
-"""One run in a process of its own: `python -m benchmarks.arena.worker SETTINGS FOLDER BUDGETS [--test]`.
+"""One run in a process of its own: `python -m benchmarks.arena.worker SETTINGS FOLDER BUDGETS [--test | --cost]`.
 
-SETTINGS and BUDGETS are JSON. Leaves `validation.json` in the folder, and `test.json` where the test images may be
-read.
+SETTINGS and BUDGETS are JSON. Leaves `search.json` in the folder: the cuts by the validation images; with `--test` also
+`final.json`: by the test images, and fine-tuned. The checkpoint stays, so that cuts can be made again without
+training. `--cost` trains nothing and prints what a step costs as JSON.
 """
 
 from __future__ import annotations
@@ -11,25 +12,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cuts import rows_of
-from .training import Run, Settings, Split, peak_memory
+import torch
+
+from .cost import cost_of
+from .cuts import Cut, cuts_of, test_rows, validation_rows
+from .training import Run, Settings, Split
+
+SEARCH, FINAL = "search.json", "final.json"
 
 
 def main(arguments: list[str]) -> None:
     settings, folder = Settings(**json.loads(arguments[0])), Path(arguments[1])
-    budgets, on_test = json.loads(arguments[2]), "--test" in arguments
-    run = Run(settings, Split.of(settings))
+    split = Split.of(settings)
+    if "--cost" in arguments:
+        print(json.dumps(cost_of(settings, split)))
+        return
+    run = Run(settings, split)
     run.resume(folder)
     run.train(folder, lambda run, loss: print(f"{run.finished} {loss:.4f}", flush=True))
-    about = {
-        "training_seconds": run.seconds,
-        "peak_memory_mib": peak_memory(),
-        "added_time": run.added_time(),
-    }
-    # Strengths are chosen by what the cut itself leaves: fine-tuning every try would cost a quarter of its training.
-    write(folder / "validation.json", rows_of(run, budgets, on_test=False, finetune=False), about)
-    if on_test:
-        write(folder / "test.json", rows_of(run, budgets, on_test=True), about)
+    cuts = _cuts(run, folder, json.loads(arguments[2]))
+    about = {"training_seconds": run.seconds}
+    write(folder / SEARCH, validation_rows(run, cuts), about)
+    if "--test" in arguments:
+        write(folder / FINAL, test_rows(run, cuts), about)
+
+
+def _cuts(run: Run, folder: Path, budgets: list[float]) -> list[Cut]:
+    """Made once, for the search; the very same are judged by the test images."""
+    path = folder / "cuts.pt"
+    if path.exists():
+        kept: list[Cut] = torch.load(path, weights_only=False)  # our own file
+        if [cut.cut for cut in kept] == ["died", *budgets]:
+            return kept
+    cuts = cuts_of(run, budgets)
+    torch.save(cuts, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return cuts
 
 
 def write(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 from ffr_ext.pruning import Compaction, prune_to, synthesize
 from ffr_ext.regularizers import OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 
-METHODS = ("ffr", "group-lasso", "sgl-l0", "oicsr", "stress", "slimming", "none")
+METHODS = ("ffr+slimming", "ffr", "group-lasso", "sgl-l0", "oicsr", "stress", "slimming", "none")
 
 # Starting points for the digits; other data and learning rates want a sweep.
-WEIGHTS = {"group-lasso": 2e-5, "sgl-l0": 2e-5, "oicsr": 1e-3, "slimming": 1e-3}
+WEIGHTS = {"ffr+slimming": 2e-2, "group-lasso": 2e-5, "sgl-l0": 2e-5, "oicsr": 1e-3, "slimming": 1e-3}
+FFR_WEIGHTS = {"ffr+slimming": 2.0, "ffr": 3.0}  # of length and curvature each
 
 # By what `prune_to` ranks channels: what the penalty drives down.
-ENERGIES = {"ffr": "scale", "slimming": "scale", "oicsr": "paper"}
+ENERGIES = {"ffr+slimming": "scale", "ffr": "scale", "slimming": "scale", "oicsr": "paper"}
 
 
 def make_regularizer(method: str, model: nn.Module, x: Tensor, weight: float = 0.0) -> Any:
     """A regularizer of weights, or None for a method without one; `weight` 0 takes the method's own."""
     weight = weight or WEIGHTS.get(method, 0.0)
+    if method == "ffr+slimming":
+        return ScaleLasso(model, weight=weight)
     if method == "slimming":
         return ScaleLasso(model, weight=weight, form="prox")
     if method in ("group-lasso", "sgl-l0"):

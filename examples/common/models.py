@@ -88,10 +88,17 @@ class VGG(nn.Module):
 class LeNet5(nn.Module):
     """The LeNet-5 of the pruning literature, 20-50-500, for MNIST's 28x28 pixels: 431,080 parameters for ten classes.
 
-    Weights after He et al. 2015, biases from N(0, 0.01), as in the published code of nonconvex sparse group lasso.
+    Weights after He et al. 2015, biases from N(0, 0.01), as in the published code of nonconvex sparse group lasso. With
+    ``norm``, which is ours, a batch norm behind each layer but the last: methods that act on scales need one.
     """
 
-    def __init__(self, classes: int, channels: int = 1, widths: tuple[int, int, int] = (20, 50, 500)) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 1,
+        widths: tuple[int, int, int] = (20, 50, 500),
+        norm: bool = False,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 5)
         self.conv2 = nn.Conv2d(widths[0], widths[1], 5)
@@ -100,11 +107,14 @@ class LeNet5(nn.Module):
         initialise(self)
         for module in self.children():
             nn.init.normal_(module.bias, std=0.01)
+        self.norm1 = nn.BatchNorm2d(widths[0]) if norm else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(widths[1]) if norm else nn.Identity()
+        self.norm3 = nn.BatchNorm1d(widths[2]) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
+        return self.fc2(F.relu(self.norm3(self.fc1(x.flatten(1)))))
 
 
 def initialise(model: nn.Module) -> None:
@@ -121,6 +131,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": lambda **options: ResNet(110, **options),
     "vgg16_bn": lambda **options: VGG(**options),
     "lenet5": lambda **options: LeNet5(**options),
+    "lenet5_bn": lambda **options: LeNet5(norm=True, **options),
 }
 
 
@@ -132,7 +143,8 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
 
 
 def flow_layers(model: nn.Module) -> list[str]:
-    """The points of the feature flow: stem and residual blocks of a ResNet, all activations of a VGG.
+    """The points of the feature flow: stem and residual blocks of a ResNet, all activations of a VGG, both
+    convolutions of a LeNet-5 (their shapes differ: one term, with ``transition="pool"``).
 
     Not the activations inside residual blocks: with weights that suit the block outputs, penalising those
     as well kills the network.
@@ -142,4 +154,6 @@ def flow_layers(model: nn.Module) -> list[str]:
             "stem",
             *(name for name, module in model.named_modules() if isinstance(module, ResidualBlock)),
         ]
+    if isinstance(model, LeNet5):
+        return ["norm1", "norm2"]
     return FeatureFlow(model).layers

@@ -1,4 +1,4 @@
-"""Pictures of training runs. Colours: orange with FFR, grey without; darker is deeper in the network."""
+"""Pictures of training runs. Colours: grey without, orange with FFR, green with FFR + scales; darker is deeper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from .filters import Pruned
 
-WITH, WITHOUT = "#d95f02", "#7f7f7f"
+WITH, WITHOUT, BOTH = "#d95f02", "#7f7f7f", "#1b9e77"
+COLORS = (WITHOUT, WITH, BOTH)
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
 
 
@@ -31,10 +32,11 @@ def filters_alive(layers: dict[str, Sequence[LayerSparsity]], path: Path) -> Non
     positions = range(len(names))
     axes.bar(positions, every, width=0.92, color="#eeeeee", label="all filters")
     for index, (label, chosen) in enumerate(layers.items()):
-        offset = (index - (len(layers) - 1) / 2) * 0.4
+        width = 0.8 / len(layers)
+        offset = (index - (len(layers) - 1) / 2) * width
         alive = [layer.filters - layer.zero_filters for layer in chosen]
         total = f"{label}: {sum(alive)} of {sum(every)} alive"
-        axes.bar([p + offset for p in positions], alive, 0.38, color=(WITHOUT, WITH)[index % 2], label=total)
+        axes.bar([p + offset for p in positions], alive, 0.95 * width, color=COLORS[index % 3], label=total)
     axes.set_xticks(list(positions), [_short(name) for name in names], rotation=60, ha="right")
     axes.set(xlabel="convolution", ylabel="filters", title="Filters alive after training")
     axes.legend(frameon=False, loc="upper left")
@@ -47,14 +49,15 @@ def pruned(results: dict[str, Pruned], path: Path) -> None:
     for index, (label, result) in enumerate(results.items()):
         report = result.compaction.report
         shares = [after / before for before, after in (report.parameters, report.flops)]
-        positions = [position + (index - (len(results) - 1) / 2) * 0.38 for position in range(len(shares))]
+        width = 0.76 / len(results)
+        positions = [position + (index - (len(results) - 1) / 2) * width for position in range(len(shares))]
         bars = axes.bar(
-            positions, [100 * share for share in shares], 0.36, color=(WITHOUT, WITH)[index % 2], label=label
+            positions, [100 * share for share in shares], 0.95 * width, color=COLORS[index % 3], label=label
         )
         axes.bar_label(bars, [f"{100 * share:.0f} %" for share in shares])
     axes.set_xticks(range(2), ["parameters", "FLOPs"])
     axes.set(ylabel="% left", title="After cutting out the dead filters (same outputs)", ylim=(0, 118))
-    axes.legend(frameon=False, loc="upper center", ncols=2)
+    axes.legend(frameon=False, loc="upper center", ncols=3)
     _save(figure, path)
 
 
@@ -100,7 +103,7 @@ def training(histories: dict[str, Sequence[Epoch]], path: Path) -> None:
     """Accuracy, loss and dead filters over training."""
     figure, (accuracy, loss, dead) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for index, (label, history) in enumerate(histories.items()):
-        color = (WITHOUT, WITH)[index % 2]
+        color = COLORS[index % 3]
         epochs = [row.epoch for row in history]
         accuracy.plot(epochs, [100 * row.test_accuracy for row in history], color=color, label=label)
         loss.plot(epochs, [row.loss for row in history], color=color, label=f"{label}, training")
