@@ -228,7 +228,7 @@ def build_native(directory: Path) -> Path:
     def compile_(*arguments: str) -> None:
         subprocess.run([str(_compiler()), *flags, *arguments], check=True, cwd=directory)
 
-    compile_("-c", *map(str, sorted((ROOT / "csrc/cpu").glob("*.cpp"))))
+    compile_("-c", *map(str, sorted((ROOT / "csrc/cpu").rglob("*.cpp"))))
     objects = [str(path) for path in directory.glob("*.o")]
     for source in (ROOT / "benchmarks/native").glob("*.cpp"):
         compile_(str(source), *objects, "-o", source.stem)

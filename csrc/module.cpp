@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/rows/isa.h"
 
 #define FFR_STRINGIZE_(x) #x
 #define FFR_STRINGIZE(x) FFR_STRINGIZE_(x)

@@ -6,11 +6,13 @@ private name taken away: an upgrade of torch reads this file and that test.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -131,3 +133,46 @@ def overload_name(target: Any) -> str:
     """ "Tensor" for aten.add.Tensor, "default" where it has no name."""
     name: str = schema(target).overload_name
     return name or "default"
+
+
+def size_of(dimension: Any, unknown: int) -> int:
+    """A dimension of a traced tensor as a number, with `unknown` for every size in it that depends on values (as that
+    of `nonzero`). Without the expression: `unknown` for the whole."""
+    if isinstance(dimension, int):
+        return dimension
+    expression = getattr(getattr(dimension, "node", None), "expr", None)
+    symbols = getattr(expression, "free_symbols", None)
+    if expression is None or symbols is None:
+        return unknown
+    return int(expression.subs(dict.fromkeys(symbols, unknown)))
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """Inside, `nn.TransformerEncoder` and its like do not compare a mask with the causal one, which no trace can. They
+    do it to choose a faster kernel. Without the function nothing is done."""
+    name, module = "_detect_is_causal_mask", nn.modules.transformer
+    detect = getattr(module, name, None)
+    if detect is None:
+        yield
+        return
+    setattr(module, name, lambda mask, is_causal=None, size=None: is_causal is True)
+    try:
+        yield
+    finally:
+        setattr(module, name, detect)
+
+
+class AssumeRows(TorchFunctionMode):
+    """Inside, a traced tensor whose size depends on values is taken to have at least one row, so that a forward that
+    skips what nothing is sent to can be traced. Without the means to say so nothing is assumed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        check = getattr(torch, "_check", None)
+        if check is not None:
+            for leaf in tree_leaves(result):
+                for size in leaf.shape if isinstance(leaf, Tensor) else ():
+                    if not isinstance(size, int):
+                        check(size > 0)
+        return result

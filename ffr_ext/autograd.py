@@ -10,7 +10,7 @@ themselves, which autograd keeps without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import compiled, ops
 from ._torch import transforms_active
 from .reference import at_positions
-from .stages import Layout, Stage, Sums, align, kernel_layouts, with_layout
+from .stages import Layouts, Stage, Sums, with_strides
 
 DOUBLE_BACKWARD = (
     "ffr_ext: the gradient of the feature-flow loss was asked for with create_graph=True, but its second "
@@ -30,58 +30,56 @@ VMAP = (
 )
 
 
-Item = TypeVar("Item", Tensor, Layout)
-
-
 class FlowSpec(NamedTuple):
-    """The settings of one node that follow from the stages and are not tensors: for each stage how many features,
-    elements of a feature and groups of sums it has."""
+    """The settings of one node that follow from the stages and are not tensors."""
 
     sums: Sums
-    lengths: tuple[int, ...]
-    numels: tuple[int, ...]
-    groups: tuple[int, ...]
+    lengths: tuple[int, ...]  # of each stage how many features it has,
+    numels: tuple[int, ...]  # how many elements each of them,
+    groups: tuple[int, ...]  # and how many groups of sums
+    entries: int  # of stats
+    packed: int  # bytes of signs
 
     @classmethod
     def of(cls, stages: Sequence[Stage], sums: Sums) -> FlowSpec:
         lengths, numels, groups = zip(
             *[(stage.length, stage.numel, stage.groups(sums.leading)) for stage in stages], strict=True
         )
-        return cls(sums, lengths, numels, groups)
+        return cls(sums, lengths, numels, groups, *compiled.sizes(lengths, numels, groups))
 
-    def by_stage(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        """Cut a flat sequence into one slice per stage."""
-        slices, first = [], 0
-        for length in self.lengths:
-            slices.append(items[first : first + length])
-            first += length
-        return slices
+    def empty_stats(self, device: torch.device, save_signs: bool) -> tuple[Tensor, Tensor]:
+        """What the forward kernel fills: stats, and the packed signs if wanted."""
+        return compiled.empty_stats(self.entries, self.packed if save_signs else 0, device)
 
-    def align(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features as the kernels walk them."""
-        if all([f.is_contiguous() for f in features]):  # noqa: C419  as in `stages.align`
-            return list(features)
-        return [f for stage in self.by_stage(features) for f in align(stage, self.sums.leading)]
+    def layouts(self, features: Sequence[Tensor]) -> Layouts:
+        return Layouts.of(features, self.lengths, self.sums.leading)
 
 
-def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(
+    spec: FlowSpec, save_signs: bool, features: Sequence[Tensor], layouts: Layouts
+) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    (squared, _leading, backend), lengths, _numels, groups = spec
-    features = spec.align(features)
+    (squared, _leading, backend), lengths, _numels, groups, *_ = spec
+    features = layouts.align(features)
     if torch.compiler.is_compiling():
         return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
-    stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
+    stats, signs = spec.empty_stats(features[0].device, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
 def _save(
-    ctx: Any, spec: FlowSpec, features: Sequence[Tensor], signs: Tensor, padding: Tensor | None
+    ctx: Any,
+    spec: FlowSpec,
+    layouts: Layouts,
+    features: Sequence[Tensor],
+    signs: Tensor,
+    padding: Tensor | None,
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     # Shapes and strides instead of the features: l1 needs nothing else of them.
-    ctx.layouts = tuple([Layout.of(f) for f in features])
+    ctx.layouts = layouts
     ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
@@ -89,13 +87,13 @@ def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list
     """The backward pass, one entry per feature, from d loss / d stats."""
     call = ctx.spec, ctx.layouts, wanted, coef
     if not torch.is_grad_enabled():
-        grads = iter(_flow_gradients(*call, *ctx.saved_tensors))
+        grads = _flow_gradients(*call, *ctx.saved_tensors)
     elif transforms_active():
         # torch.func.grad always records its backward pass; only differentiating that record is refused.
-        grads = iter(_RefusedTwice.apply(*call, *ctx.saved_tensors))
+        grads = _RefusedTwice.apply(*call, *ctx.saved_tensors)
     else:
         raise RuntimeError(DOUBLE_BACKWARD)
-    return [next(grads) if want else None for want in wanted]
+    return compiled.by_feature(grads, wanted, None)
 
 
 class FlowStats(torch.autograd.Function):
@@ -108,14 +106,14 @@ class FlowStats(torch.autograd.Function):
     def forward(
         spec: FlowSpec, save_signs: bool, padding: Tensor | None, *features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return _forward(spec, save_signs, features)
+        return _forward(spec, save_signs, features, spec.layouts(features))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         spec, _save_signs, padding, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, features, signs, padding)
+        _save(ctx, spec, spec.layouts(features), features, signs, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
@@ -128,10 +126,15 @@ class FlowStats(torch.autograd.Function):
         raise RuntimeError(VMAP)
 
 
+def _product(entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    # Operators and not Python's floats, though those are faster on a CPU: tracers see operators alone.
+    return (entries * weights).sum().to(dtype)
+
+
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(stats * weights).sum().to(dtype)` in
-    one node, with stats put into the list `made`. Eager mode alone; without setup_context, for which the arguments are
-    bound by name at each call.
+    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(entries * weights).sum().to(dtype)` in
+    one node, where entries are the sums, or the roots of those of single samples; the sums are put into the list
+    `made`. Eager mode alone; without setup_context, for which the arguments are bound by name at each call.
     """
 
     @staticmethod
@@ -144,18 +147,36 @@ class FlowProduct(torch.autograd.Function):
         made: list[Tensor],
         *features: Tensor,
     ) -> Tensor:
-        stats, signs = _forward(spec, save_signs, features)
+        layouts = spec.layouts(features)
+        stats, signs = _forward(spec, save_signs, features, layouts)
         made.append(stats)
         ctx.weights = weights
-        _save(ctx, spec, features, signs, None)
-        return (stats * weights).sum().to(dtype)
+        ctx.roots = stats.sqrt() if spec.sums.leading else None
+        _save(ctx, spec, layouts, features, signs, None)
+        return _product(stats if ctx.roots is None else ctx.roots, weights, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], ctx.weights * grad_loss)
+        coef = ctx.weights * grad_loss
+        if ctx.roots is not None:
+            coef = torch.where(ctx.roots == 0.0, 0.0, coef / (2.0 * ctx.roots))
+        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], coef)
         return (None, None, None, None, None, *grads)
+
+
+class Product(torch.autograd.Function):
+    """`Product.apply(entries, weights, dtype)`: `(entries * weights).sum().to(dtype)` in one node instead of three."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.weights = weights
+        return _product(entries, weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weights * grad_loss, None, None
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -182,7 +203,7 @@ class _RefusedTwice(torch.autograd.Function):
 
 def _flow_gradients(
     spec: FlowSpec,
-    layouts: tuple[Layout, ...],
+    layouts: Layouts,
     wanted: tuple[bool, ...],
     grad_stats: Tensor,
     padding: Tensor | None,
@@ -190,12 +211,9 @@ def _flow_gradients(
 ) -> tuple[Tensor, ...]:
     """One gradient for each wanted feature, in the feature's dtype and strides."""
     device = grad_stats.device
-    (squared, leading, backend), lengths, numels, groups = spec
-    made: Sequence[Layout] = layouts
-    if not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
-        made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
+    (squared, _leading, backend), lengths, numels, groups, *_ = spec
     arguments = (
-        spec.align(saved) if squared else [],
+        layouts.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
         lengths,
@@ -203,29 +221,30 @@ def _flow_gradients(
         groups,
         squared,
     )
+    given = [layout for layout, want in zip(zip(*layouts, strict=True), wanted, strict=True) if want]
     if torch.compiler.is_compiling():
-        described = [lay for lay, want in zip(made, wanted, strict=True) if want]
         grads = compiled.flow_gradients(
             *arguments,
             wanted,
-            [len(lay.shape) for lay in described],
-            [size for lay in described for size in lay.shape],
-            [stride for lay in described for stride in lay.strides],
-            [compiled.DTYPES.index(lay.dtype) for lay in described],
+            [len(shape) for shape, *_ in given],
+            [size for shape, *_ in given for size in shape],
+            [stride for *_, walked in given for stride in walked],
+            [compiled.DTYPES.index(dtype) for _, dtype, *_ in given],
             backend,
         )
     else:
-        nothing = grad_stats.new_empty(0)
-        slots = [
-            torch.empty_strided(lay.shape, lay.strides, dtype=lay.dtype, device=device) if want else nothing
-            for lay, want in zip(made, wanted, strict=True)
+        grads = [
+            torch.empty_strided(shape, walked, dtype=dtype, device=device)
+            for shape, dtype, _, walked in given
         ]
+        slots = grads if all(wanted) else compiled.by_feature(grads, wanted, grad_stats.new_empty(0))
         ops.flow_kernels(backend).backward(*arguments, slots)
-        grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
     if padding is not None:
         grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
-    if made is layouts:
-        return tuple(grads)
-    asked = [layout for layout, want in zip(layouts, wanted, strict=True) if want]
-    # A list, not a generator, as in `align`.
-    return tuple([with_layout(grad, layout) for grad, layout in zip(grads, asked, strict=True)])
+    # A list, not a generator, as in `Layouts.of`.
+    return tuple(
+        [
+            grad if lies == walked else with_strides(grad, lies)
+            for grad, (_, _, lies, walked) in zip(grads, given, strict=True)
+        ]
+    )

@@ -50,7 +50,7 @@ def feature_list(features: Iterable[Tensor]) -> list[Tensor]:
             raise TypeError(
                 f"features[{index}]: expected dtype float16, bfloat16, float32 or float64, got {feature.dtype}"
             )
-        if feature.dim() == 0:
+        if feature.ndim == 0:
             raise ValueError(
                 f"features[{index}]: expected rank >= 1 with the batch first, got a 0-dim tensor"
             )
@@ -131,6 +131,9 @@ def position_mask(mask: Any, stages: Iterable[tuple[int, tuple[int, ...]]]) -> T
 
 def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Tensor:
     """A weight argument as a float, a list of `count` floats or a 1-D tensor of `count` entries."""
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        # Traced with dynamic sizes a float can be symbolic; its value is not known then.
+        return weight if torch.compiler.is_compiling() else _checked(name, float(weight))
     if isinstance(weight, Tensor):
         if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != count):
             raise ValueError(
@@ -140,9 +143,6 @@ def term_weights(name: str, weight: Any, count: int) -> float | list[float] | Te
         if weight.dtype == torch.bool or weight.is_complex():
             raise TypeError(f"{name}: expected a tensor of real numbers, got dtype {weight.dtype}")
         return weight
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        # Traced with dynamic sizes a float can be symbolic; its value is not known then.
-        return weight if torch.compiler.is_compiling() else _finite(name, weight)
     if hasattr(weight, "tolist"):  # numpy's numbers and arrays
         return term_weights(name, weight.tolist(), count)
     if not isinstance(weight, Sequence) or isinstance(weight, (str, bytes, bytearray)):
@@ -161,7 +161,10 @@ def _finite(name: str, value: Any) -> float:
         )
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    number = float(value)
+    return _checked(name, float(value))
+
+
+def _checked(name: str, number: float) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number

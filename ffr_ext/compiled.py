@@ -8,13 +8,16 @@ cost time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+Item = TypeVar("Item", Tensor, None)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,19 +32,24 @@ SCHEMAS = {
 }
 
 
-def empty_stats(
-    features: Sequence[Tensor], lengths: Sequence[int], groups: Sequence[int], save_signs: bool
-) -> tuple[Tensor, Tensor]:
-    """What `flow_forward` fills: stats, and the packed signs if wanted."""
-    device = features[0].device
-    entries = sum(ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True))
-    packed, first = 0, 0
-    for length in lengths:
-        if save_signs:
-            packed += ops.sign_bytes(length, features[first].numel())
-        first += length
+def sizes(lengths: Sequence[int], numels: Sequence[int], groups: Sequence[int]) -> tuple[int, int]:
+    """Entries of stats and bytes of packed signs, for stages of so many features of so many elements."""
+    entries = sum([ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True)])
+    return entries, sum([ops.sign_bytes(n, numel) for n, numel in zip(lengths, numels, strict=True)])
+
+
+def empty_stats(entries: int, packed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `flow_forward` fills: stats, and `packed` bytes of signs."""
     stats = torch.empty(entries, dtype=torch.float64, device=device)
     return stats, torch.empty(packed, dtype=torch.uint8, device=device)
+
+
+def _empty_stats(
+    features: Sequence[Tensor], lengths: Sequence[int], groups: Sequence[int], save_signs: bool
+) -> tuple[Tensor, Tensor]:
+    firsts = itertools.accumulate(lengths[:-1], initial=0)
+    entries, packed = sizes(lengths, [features[first].numel() for first in firsts], groups)
+    return empty_stats(entries, packed if save_signs else 0, features[0].device)
 
 
 def _flow_stats(
@@ -52,14 +60,22 @@ def _flow_stats(
     save_signs: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    stats, signs = empty_stats(features, lengths, groups, save_signs)
+    stats, signs = _empty_stats(features, lengths, groups, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
 def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     features, lengths, groups, _squared, save_signs, _backend = arguments
-    return empty_stats(features, lengths, groups, save_signs)
+    return _empty_stats(features, lengths, groups, save_signs)
+
+
+def by_feature(grads: Sequence[Tensor], wanted: Sequence[bool], nothing: Item) -> list[Tensor | Item]:
+    """One entry for each feature: its gradient where one is wanted."""
+    if all(wanted):
+        return list(grads)
+    given = iter(grads)
+    return [next(given) if want else nothing for want in wanted]
 
 
 def _empty_gradients(
@@ -89,8 +105,7 @@ def _flow_gradients(
     backend: str,
 ) -> list[Tensor]:
     grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
-    given, nothing = iter(grads), coef.new_empty(0)
-    slots = [next(given) if want else nothing for want in wanted]
+    slots = by_feature(grads, wanted, coef.new_empty(0))
     ops.flow_kernels(backend).backward(features, signs, coef, lengths, numels, groups, squared, slots)
     return grads
 

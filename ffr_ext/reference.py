@@ -86,8 +86,8 @@ def squared_norms(difference: Tensor) -> Tensor:
 
 def safe_sqrt(squared: Tensor) -> Tensor:
     """`squared.sqrt()` with gradient 0, not infinity, at 0."""
-    zero = squared == 0  # a NaN is not
-    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
+    zero = squared == 0.0  # a NaN is not
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
 
 
 def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:

@@ -126,42 +126,11 @@ def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:
         own = [pool_to(f, shape) for f in tail] + own
     checks.check_one_device(stage.first - stage.tail, own)
     dtype = own[0].dtype
-    if any(f.dtype != dtype for f in own):
+    if any([f.dtype != dtype for f in own]):  # noqa: C419  as in `Layouts.of`
         for feature in own[1:]:
             dtype = torch.promote_types(dtype, feature.dtype)
         own = [f.to(dtype) for f in own]
     return own
-
-
-@dataclass(slots=True)  # not frozen: made for every feature at every call, and that takes three times as long
-class Layout:
-    """How a feature lies in memory: all that the l1 backward pass needs to know of it."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    contiguous: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.is_contiguous())
-
-    @property
-    def storage_order(self) -> tuple[int, ...] | None:
-        """Dims of size > 1 from outermost to innermost if the tensor fills its storage without gaps or overlap,
-        else None.
-
-        Two tensors of one shape with equal orders can be compared element by element in storage order.
-        """
-        dims = [d for d in range(len(self.shape)) if self.shape[d] != 1]
-        if not self.contiguous:
-            dims.sort(key=lambda d: self.strides[d], reverse=True)
-            expected = 1
-            for d in reversed(dims):
-                if self.strides[d] != expected:
-                    return None
-                expected *= self.shape[d]
-        return tuple(dims)
 
 
 class Sums(NamedTuple):
@@ -172,47 +141,71 @@ class Sums(NamedTuple):
     backend: str  # a concrete one, not "auto"
 
 
-def walk_as_they_lie(layouts: Sequence[Layout], leading: int) -> bool:
-    """Whether the kernels can walk features of one shape in storage order, without a copy.
+class Layouts(NamedTuple):
+    """How the features of a call lie in memory, one entry each: all that the l1 backward pass needs to know of them."""
+
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+    strides: list[tuple[int, ...]]
+    walked: list[tuple[int, ...]]  # the strides in which the kernels walk a feature, and write its gradient
+
+    @classmethod
+    def of(cls, features: Sequence[Tensor], lengths: Sequence[int], leading: int) -> Layouts:
+        """Of features of stages of these lengths, whose groups of sums are the first `leading` dimensions."""
+        shapes, strides = [f.shape for f in features], [f.stride() for f in features]
+        walked = strides
+        # A list, not a generator: where a backward pass reads a layout, Dynamo starts it again, and torch 2.14 and
+        # 2.15 then take a generator left in the middle for one that still runs.
+        if not all([f.is_contiguous() for f in features]):  # noqa: C419
+            walked, first = [], 0
+            for length in lengths:
+                walked += walked_strides(shapes[first], strides[first : first + length], leading)
+                first += length
+        return cls(shapes, [f.dtype for f in features], strides, walked)
+
+    def align(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as the kernels walk them: the very same tensors, or contiguous copies."""
+        return [
+            f if lies == walked else f.contiguous()
+            for f, lies, walked in zip(features, self.strides, self.walked, strict=True)
+        ]
+
+
+def walked_strides(
+    shape: Sequence[int], strides: Sequence[tuple[int, ...]], leading: int
+) -> Sequence[tuple[int, ...]]:
+    """The strides in which the kernels walk features of one shape: as they lie, if they can be compared element by
+    element in storage order, else contiguous.
 
     All must be dense and share one order. Each group of sums must be one storage range, so the first `leading`
     dimensions must be outermost; the batch is in contiguous and in channels_last tensors.
     """
-    if all(layout.contiguous for layout in layouts):
-        return True
-    order = layouts[0].storage_order
-    groups = tuple(d for d in range(leading) if layouts[0].shape[d] != 1)
-    if order is None or order[: len(groups)] != groups:
-        return False
-    return all(layout.storage_order == order for layout in layouts[1:])
+    order = storage_order(shape, strides[0])
+    groups = tuple(d for d in range(leading) if shape[d] != 1)
+    if order is not None and order[: len(groups)] == groups:
+        others = [lies for lies in strides if lies != strides[0]]
+        if all([storage_order(shape, lies) == order for lies in others]):  # noqa: C419  as in `Layouts.of`
+            return strides
+    contiguous = [1]
+    for size in reversed(shape[1:]):
+        contiguous.insert(0, contiguous[0] * max(size, 1))
+    return [tuple(contiguous)] * len(strides)
 
 
-def kernel_layouts(layouts: Sequence[Layout], leading: int) -> Sequence[Layout]:
-    """The layouts in which the kernels write the gradients of a stage: as the features lie, or contiguous if
-    `align` copies.
-    """
-    if walk_as_they_lie(layouts, leading):
-        return layouts
-    strides = [1]
-    for size in reversed(layouts[0].shape[1:]):
-        strides.insert(0, strides[0] * max(size, 1))
-    return [Layout(layout.shape, tuple(strides), layout.dtype, True) for layout in layouts]
+def storage_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
+    """Dims of size > 1 from outermost to innermost if a tensor fills its storage without gaps or overlap, else None."""
+    dims = [d for d in range(len(shape)) if shape[d] != 1]
+    dims.sort(key=lambda d: strides[d], reverse=True)
+    expected = 1
+    for d in reversed(dims):
+        if strides[d] != expected:
+            return None
+        expected *= shape[d]
+    return tuple(dims)
 
 
-def align(features: Sequence[Tensor], leading: int) -> list[Tensor]:
-    """Features of one shape in one storage order: the very same tensors if they share one already, else
-    contiguous copies.
-    """
-    # A list, not a generator: where a backward pass reads a tensor's layout, Dynamo starts it again, and torch 2.14 and
-    # 2.15 then take a generator left in the middle for one that still runs.
-    contiguous = all([f.is_contiguous() for f in features])  # noqa: C419
-    if contiguous or walk_as_they_lie([Layout.of(f) for f in features], leading):
-        return list(features)
-    return [f.contiguous() for f in features]
-
-
-def with_layout(grad: Tensor, layout: Layout) -> Tensor:
+def with_strides(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`grad` in the strides of its feature, where those are dense."""
-    if grad.stride() == layout.strides or layout.storage_order is None:
+    if grad.stride() == strides or storage_order(grad.shape, strides) is None:
         return grad
-    return torch.empty_strided(layout.shape, layout.strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+    return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -135,3 +135,49 @@ def test_operators() -> None:
     assert _torch.schema(len) is None
     assert _torch.overload_name(add) == "Tensor"
     assert _torch.overload_name(torch.ops.aten.relu.default) == "default"
+
+
+def test_size_of() -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x[x > 0], x.flatten()])
+
+    graph = torch.export.export(Chosen(), (torch.randn(2, 3),), strict=False).graph
+    values = [n.meta.get("val") for n in graph.nodes]
+    sizes = [_torch.size_of(v.shape[0], 101) for v in values if isinstance(v, Tensor)]
+    assert sizes[0] == 2
+    assert sizes[-1] == 101 + 6
+    assert _torch.size_of(object(), 101) == 101
+
+
+def test_assume_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Skipping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            (rows,) = torch.where(x[:, 0] > 0)
+            if rows.numel() == 0:
+                return x
+            return x.index_add(0, rows, x[rows])
+
+    class Assuming(Skipping):
+        def forward(self, x: Tensor) -> Tensor:
+            with _torch.AssumeRows():
+                return super().forward(x)
+
+    x = torch.randn(4, 2)
+    ops = [str(n.target) for n in torch.export.export(Assuming(), (x,), strict=False).graph.nodes]
+    assert any("index_add" in op for op in ops)
+    assert torch.equal(Assuming()(x), Skipping()(x)), "outside of a trace it changes nothing"
+    monkeypatch.delattr(torch, "_check")
+    assert torch.equal(Assuming()(x), Skipping()(x))
+
+
+def test_masks_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    detect = nn.modules.transformer._detect_is_causal_mask
+    causal = torch.triu(torch.full((3, 3), float("-inf")), 1)
+    with _torch.masks_as_given():
+        assert nn.modules.transformer._detect_is_causal_mask(causal, None, 3) is False
+        assert nn.modules.transformer._detect_is_causal_mask(causal, True, 3) is True
+    assert nn.modules.transformer._detect_is_causal_mask is detect
+    monkeypatch.delattr(nn.modules.transformer, "_detect_is_causal_mask")
+    with _torch.masks_as_given():
+        assert not hasattr(nn.modules.transformer, "_detect_is_causal_mask")

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/filters.h"
-#include "cpu/isa.h"
+#include "cpu/rows/isa.h"
 
 int main(int argc, char** argv) {
   if (argc != 5) return 2;

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "rows/rows.h"
 #include "stream.h"
 #include "work.h"
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "new_memory.h"
-#include "rows.h"
+#include "rows/rows.h"
 #include "stream.h"
 
 namespace ffr {

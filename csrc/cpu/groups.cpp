@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "filters.h"
-#include "rows.h"
+#include "rows/rows.h"
 #include "work.h"
 
 namespace ffr {

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import compiled, ops
+from .. import ops
 from .._torch import graph_task, transforms_active
-from ..autograd import DOUBLE_BACKWARD
+from ..autograd import DOUBLE_BACKWARD, FlowSpec
 from ..reference import at_positions
-from ..stages import Layout, Stage, Sums, align, kernel_layouts, stage_features, with_layout
+from ..stages import Stage, Sums, stage_features, with_strides
 
 _LOST = (
     "FeatureFlow: a captured feature was reached outside the backward pass of its loss. Two backward passes "
@@ -48,15 +48,15 @@ def can_tap(feature: Tensor) -> bool:
 
 def tap(feature: Tensor) -> tuple[Slot, Tensor]:
     """A tap on `feature`: its slot and its token. Nothing is computed and nothing saved until `collect`."""
-    slot = Slot(Layout.of(feature))
+    slot = Slot(feature)
     return slot, Tap.apply(slot, feature)
 
 
 class Slot:
     """A captured feature as its tap knows it: how it lies in memory, and where it stands in the walks."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, feature: Tensor) -> None:
+        self.shape, self.dtype, self.strides = feature.shape, feature.dtype, feature.stride()
         self.places: list[tuple[Walk, int]] = []
 
     def gradient(self) -> Tensor | None:
@@ -68,21 +68,19 @@ class Slot:
                 raise RuntimeError(_LOST)
             if live.coef is None:
                 continue  # this part of the loss was not differentiated
-            made, mapped = walk.made[place], walk.mapped[place]
-            if (
-                total is not None
-                and not mapped
-                and (made.dtype, made.strides) == (total.dtype, total.stride())
-            ):
+            layouts = walk.layouts
+            shape, dtype, strides = layouts.shapes[place], layouts.dtypes[place], layouts.walked[place]
+            mapped = walk.mapped(place)
+            if total is not None and not mapped and (dtype, strides) == (total.dtype, total.stride()):
                 live.write(place, total, accumulate=True)
                 continue
-            grad = torch.empty_strided(made.shape, made.strides, dtype=made.dtype, device=live.coef.device)
+            grad = torch.empty_strided(shape, strides, dtype=dtype, device=live.coef.device)
             live.write(place, grad, accumulate=False)
-            if made != self.layout or mapped:
-                grad = grad.to(self.layout.dtype)
+            if mapped or (dtype, strides) != (self.dtype, self.strides):
+                grad = grad.to(self.dtype)
                 if mapped:
-                    grad = unpool(grad, self.layout.shape)
-                grad = with_layout(grad, self.layout)
+                    grad = unpool(grad, self.shape)
+                grad = with_strides(grad, self.strides)
             total = grad if total is None else total.add_(grad)
         return total
 
@@ -94,7 +92,7 @@ class Tap(torch.autograd.Function):
     def forward(ctx: Any, slot: Slot, feature: Tensor) -> Tensor:
         ctx.slot = slot
         ctx.set_materialize_grads(False)
-        return feature.new_empty((), dtype=torch.float32)
+        return torch.empty((), dtype=torch.float32, device=feature.device)
 
     @staticmethod
     def backward(ctx: Any, _grad_token: Tensor | None) -> tuple[None, Tensor | None]:
@@ -148,14 +146,11 @@ class Walk:
 
     def __init__(self, stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> None:
         self.stages = stages
-        self.squared, self.leading, backend = sums
+        self.spec = FlowSpec.of(stages, sums)
         self.padding = padding  # where gradients are 0, whatever is there
-        self.kernels = ops.flow_kernels(backend)
-        self.groups = [stage.groups(self.leading) for stage in stages]
+        self.kernels = ops.flow_kernels(sums.backend)
         self.stage_of: list[int] = []
         self.first: list[int] = []  # place of each stage's first walked feature
-        self.made: list[Layout] = []  # how the kernel writes the gradient at each place
-        self.mapped: list[bool] = []  # whether a place is a feature pooled from the earlier stage
         self.readers: list[int] = []  # taps that read the value at each place: those within two steps
         self.taps = 0
         self.live: _Live | None = None
@@ -165,35 +160,42 @@ class Walk:
     ) -> tuple[Tensor, list[Tensor]]:
         """stats, and what to save: the packed signs, or the walked features."""
         walked: list[Tensor] = []
-        aligned: list[Tensor] = []
         for index, stage in enumerate(self.stages):
-            values = stage_features(features, stage)
             self.first.append(len(walked))
-            self.stage_of += [index] * stage.length
-            self.made += kernel_layouts([Layout.of(value) for value in values], self.leading)
-            self.mapped += [position < stage.tail for position in range(stage.length)]
-            self.readers += [0] * stage.length
-            walked += values
-            aligned += align(values, self.leading)
-            for position in range(stage.length) if save else ():
-                slot = slots[stage.first - stage.tail + position]
-                if slot is not None:
-                    slot.places.append((self, len(self.made) - stage.length + position))
-                    self.taps += 1
-                    for near in self.near(self.first[index] + position):
-                        self.readers[near] += 1
-        lengths = [stage.length for stage in self.stages]
-        stats, signs = compiled.empty_stats(aligned, lengths, self.groups, save and not self.squared)
-        self.kernels.forward(aligned, lengths, self.groups, self.squared, stats, signs)
+            walked += stage_features(features, stage)
+            self.stage_of += [index] * (len(walked) - self.first[index])
+        self.layouts = self.spec.layouts(walked)
+        (squared, *_), lengths, _numels, groups, *_ = self.spec
+        aligned = self.layouts.align(walked)
+        stats, signs = self.spec.empty_stats(aligned[0].device, save and not squared)
+        self.kernels.forward(aligned, lengths, groups, squared, stats, signs)
         if not save:
             return stats, []
-        return stats, walked if self.squared else [signs]
+        self._tell(slots)
+        return stats, walked if squared else [signs]
+
+    def _tell(self, slots: Sequence[Slot | None]) -> None:
+        """Tell the taps where their features are."""
+        self.readers = [0] * len(self.stage_of)
+        for stage, first in zip(self.stages, self.first, strict=True):
+            begin = stage.first - stage.tail
+            for place, slot in enumerate(slots[begin : stage.first + stage.own], first):
+                if slot is not None:
+                    slot.places.append((self, place))
+                    self.taps += 1
+                    for near in self.near(place) if self.spec.sums.squared else ():
+                        self.readers[near] += 1
+
+    def mapped(self, place: int) -> bool:
+        """Whether the feature at `place` is pooled from the earlier stage."""
+        index = self.stage_of[place]
+        return place - self.first[index] < self.stages[index].tail
 
     def near(self, place: int) -> range:
         """The places whose values the gradient at `place` is made of."""
         index = self.stage_of[place]
         first = self.first[index]
-        return range(max(place - 2, first), min(place + 3, first + self.stages[index].length))
+        return range(max(place - 2, first), min(place + 3, first + self.spec.lengths[index]))
 
 
 class _Live:
@@ -203,13 +205,16 @@ class _Live:
         self.task = graph_task()
         self.walk = walk
         self.coef = coef
-        self.values: list[Tensor | None] = list(saved) if walk.squared else []
+        self.values: list[Tensor | None] = list(saved) if walk.spec.sums.squared else []
         # Of every stage the slices of coef and of the packed signs (without signs: empty).
         self.parts: list[tuple[Tensor, Tensor]] = []
         if coef is not None:
-            entries = [ops.stats_entries(s.length, g) for s, g in zip(walk.stages, walk.groups, strict=True)]
-            planes = [0 if walk.squared else ops.sign_bytes(s.length, s.numel) for s in walk.stages]
-            signs = coef.new_empty(0, dtype=torch.uint8) if walk.squared else saved[0]
+            (squared, *_), lengths, numels, groups, *_ = walk.spec
+            entries = [ops.stats_entries(n, g) for n, g in zip(lengths, groups, strict=True)]
+            planes = [
+                0 if squared else ops.sign_bytes(n, size) for n, size in zip(lengths, numels, strict=True)
+            ]
+            signs = coef.new_empty(0, dtype=torch.uint8) if squared else saved[0]
             self.parts = list(zip(coef.split(entries), signs.split(planes), strict=True))
         self.readers = list(walk.readers)
         self.taps = walk.taps
@@ -219,11 +224,12 @@ class _Live:
         """Run the kernel for the feature at `place`."""
         walk = self.walk
         index = walk.stage_of[place]
-        stage, first = walk.stages[index], walk.first[index]
+        first = walk.first[index]
+        (squared, *_), lengths, numels, groups, *_ = walk.spec
         coef, signs = self.parts[index]
         features: list[Tensor] = []
-        if walk.squared:
-            features = [grad.new_empty(0)] * stage.length  # those that are not near are not read
+        if squared:
+            features = [grad.new_empty(0)] * lengths[index]  # those that are not near are not read
             for near in walk.near(place):
                 features[near - first] = self._value(near)
         self._used_on_this_stream([coef, signs, *features])
@@ -231,10 +237,10 @@ class _Live:
             features,
             signs,
             coef,
-            stage.length,
-            stage.numel,
-            walk.groups[index],
-            walk.squared,
+            lengths[index],
+            numels[index],
+            groups[index],
+            squared,
             place - first,
             grad,
             accumulate,
@@ -248,12 +254,12 @@ class _Live:
         """The feature at `place` as the kernel walks it; if that takes a copy, it is made once."""
         value = self.values[place]
         assert value is not None
-        if value.stride() != self.walk.made[place].strides:
+        if value.stride() != self.walk.layouts.walked[place]:
             value = self.values[place] = value.contiguous()
         return value
 
     def _release(self, place: int) -> None:
-        for near in self.walk.near(place) if self.walk.squared else ():
+        for near in self.walk.near(place) if self.walk.spec.sums.squared else ():
             self.readers[near] -= 1
             if self.readers[near] == 0:
                 self.values[near] = None

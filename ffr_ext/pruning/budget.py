@@ -84,7 +84,8 @@ def prune_to(
     Raises:
         TypeError: An argument is of another type.
         ValueError: An argument is out of range, no channel may leave, an energy is not finite, or the target is out of
-            reach (the message says what is within). Nothing is changed then.
+            reach (the message says what is within), or one of FLOPs where values decide what experts cost. Nothing
+            is changed then.
     """
     check_plain_module(model, "prune_to")
     targets = _targets(flops, parameters)
@@ -96,10 +97,13 @@ def prune_to(
     optimizer_state.check_optimizer(optimizer)
     args, kwargs = as_call(example_inputs)
     with check_same_on_all_ranks() as agree:
-        solver = Solver(
-            Analysis(trace(copy_without_hooks(model), args, kwargs), strict=True),
-            Options(1, min_channels),
-        )
+        graph = trace(copy_without_hooks(model), args, kwargs)
+        if "flops" in targets and graph.experts:
+            raise ValueError(
+                f"flops: {', '.join(sorted(graph.experts)[:3])} take as many tokens as values send them, so their "
+                "FLOPs cannot be counted beforehand; expected parameters="
+            )
+        solver = Solver(Analysis(graph, strict=True), Options(1, min_channels))
         groups = groups_of(model, solver, scope)
         if len(groups) == 0:
             raise ValueError(f"model: prune_to finds no channel that may leave: {_reasons(groups)}")

@@ -163,14 +163,23 @@ def channel_sets(solver: Solver, removed: Tensor) -> list[ChannelSet]:
 
 
 def experts_that_stay(solver: Solver) -> list[str]:
-    """One line for all mixtures of experts whose routing keeps their channels."""
+    """One line for all mixtures of experts whose dead hidden units can leave, one for those that stay as they are."""
     graph = solver.analysis.graph
-    paths = {what.split(" in ")[-1] for what in solver.analysis.unknown}
-    mixtures = sorted(p for p in paths if "experts" in p.split(".") or f"{p}.experts" in graph.modules)
-    if not mixtures:
-        return []
-    more = f" and {len(mixtures) - 3} more" if len(mixtures) > 3 else ""
-    return [
-        f"{', '.join(mixtures[:3])}{more}: the experts stay as they are, because which tokens an expert gets depends "
-        "on values"
-    ]
+    unknown = {what.split(" in ")[-1] for what in solver.analysis.unknown}
+    as_they_are = {p for p in unknown if "experts" in p.split(".") or f"{p}.experts" in graph.modules}
+    because = "because which tokens an expert gets depends on values"
+    found = []
+    if cut := graph.experts - as_they_are:
+        found.append(f"{_listed(cut)}: all experts stay, {because}; their dead hidden units leave")
+    if as_they_are:
+        found.append(f"{_listed(as_they_are)}: the experts stay as they are, {because}")
+    if graph.assumed:
+        found.append(
+            "the forward code asks how many rows values have chosen: it was traced where there is at least one"
+        )
+    return found
+
+
+def _listed(paths: set[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(path or "the model" for path in sorted(paths)[:3]) + more

@@ -16,7 +16,7 @@ from ..pruning.norms import filter_norms
 from .base import BaseRegularizer, finite
 from .fused import add_scaled_, row_column_norms, shrink_
 from .prox import non_negative
-from .step_size import step_sizes, watch
+from .step_size import last_steps, watch
 
 FORMS = ("gradient", "prox")
 
@@ -39,7 +39,7 @@ class GroupPenalty(BaseRegularizer):
             the optimizer's step instead, which makes exact zeros.
         step_size: what the thresholds of ``"prox"`` are multiplied by. None: the learning rate of the optimizer that
             stepped the parameters last, divided by 1 - momentum where it has one, so that ``weight`` means the same in
-            both forms; 1 before any has.
+            both forms; nothing is shrunk before one has stepped. Give it where no `torch.optim` optimizer steps.
     """
 
     def __init__(
@@ -63,8 +63,10 @@ class GroupPenalty(BaseRegularizer):
         self._layers = dict(layers)
         self._names = list(dict.fromkeys(axis.name for axis in slices.axes))
         self._axes = {(axis.name, axis.dim): axis for axis in slices.axes}
+        self._followed: dict[str, int] = {}  # the number of the optimizer's step that `step` followed last
         if form == "prox":
             watch()
+            self._moved()
 
     # ---------------------------------------------------------------------------------------------------
     # The protocol
@@ -109,16 +111,16 @@ class GroupPenalty(BaseRegularizer):
         """With ``form="prox"``: shrink every group by its threshold, to exact zeros where that is its norm or more.
 
         A weight that is in two groups (the filter of one channel and what another is read by) is multiplied by the
-        factors of both.
+        factors of both. What its optimizer has not moved since the last call stays: a ``GradScaler`` leaves steps out.
         """
         if not self.active or self.form != "prox":
             return
-        tensors = self._slices.tensors(self._names)
-        trained = [name for name in self._names if tensors[name].requires_grad]
+        trained, sizes = self._moved()
+        if not trained:
+            return
         norms = self.norms()
         shares = self.scale * self.weight * self._strengths.to(norms.device) / norms
         shares = torch.where(norms == 0, 0.0, shares)
-        sizes = self._step_sizes([tensors[name] for name in trained])
         parts = self._slices.local(trained)
         keeps = {size: (1 - size * shares).clamp(min=0) for size in set(sizes)}  # NaN stays
         rows, columns = self._lay_out(trained, parts, [keeps[size] for size in sizes], 1.0)
@@ -223,10 +225,23 @@ class GroupPenalty(BaseRegularizer):
         values = self._values()
         return values.sum() * (self.form == "gradient") + self._value_of_single_weights()
 
-    def _step_sizes(self, tensors: list[Tensor]) -> list[float]:
-        if self.step_size is not None:
-            return [self.step_size] * len(tensors)
-        return step_sizes(tensors, otherwise=1.0)
+    def _moved(self) -> tuple[list[str], list[float]]:
+        """The parameters that an optimizer has moved since the last call, and how far it goes. Without any optimizer a
+        given ``step_size`` is for all."""
+        tensors = self._slices.tensors(self._names)
+        trained = [name for name in self._names if tensors[name].requires_grad]
+        names, sizes = [], []
+        for name, last in zip(trained, last_steps([tensors[name] for name in trained]), strict=True):
+            if last is None:
+                size = self.step_size
+            else:
+                fresh = self._followed.get(name) != last.number
+                size = (last.size if self.step_size is None else self.step_size) if fresh else None
+                self._followed[name] = last.number
+            if size is not None:
+                names.append(name)
+                sizes.append(size)
+        return names, sizes
 
 
 class _Penalty(torch.autograd.Function):

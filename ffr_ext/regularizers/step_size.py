@@ -1,7 +1,8 @@
-"""How far an optimizer's step goes: what a proximal map after it has to multiply its threshold by."""
+"""Which steps an optimizer really took, and how far: when a proximal map follows, and what multiplies its threshold."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,18 +25,26 @@ def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _stepped[optimizer] = max(_stepped.values(), default=0) + 1
 
 
-def step_sizes(tensors: list[Tensor], otherwise: float) -> list[float]:
-    """For each parameter the distance that the optimizer which stepped it last goes for a gradient of 1 that stays:
-    the learning rate of its group, times (1 - dampening) / (1 - momentum) for optimizers with a momentum.
+@dataclass(frozen=True)
+class Step:
+    """The last step of the optimizer that moved a parameter last."""
 
-    `otherwise` for a parameter that no optimizer has stepped.
+    number: int  # among all steps of all optimizers
+    size: float  # how far it goes for a gradient of 1 that stays
+
+
+def last_steps(tensors: list[Tensor]) -> list[Step | None]:
+    """For each parameter the last step that moved it; None where no optimizer did. A step that a GradScaler left out
+    is none.
+
+    The size is the learning rate of its group, times (1 - dampening) / (1 - momentum) for optimizers with a momentum.
     """
-    found: dict[int, float] = {}
-    for optimizer, _ in sorted(_stepped.items(), key=lambda item: item[1]):
+    found: dict[int, Step] = {}
+    for optimizer, number in sorted(_stepped.items(), key=lambda item: item[1]):
         for group in optimizer.param_groups:
-            size = _size(group)
-            found.update((id(parameter), size) for parameter in group["params"])
-    return [found.get(id(tensor), otherwise) for tensor in tensors]
+            step = Step(number, _size(group))
+            found.update((id(parameter), step) for parameter in group["params"])
+    return [found.get(id(tensor)) for tensor in tensors]
 
 
 def _size(group: dict[str, Any]) -> float:

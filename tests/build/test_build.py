@@ -251,7 +251,7 @@ def test_an_error_of_a_tool_that_is_there_stops_the_install(
     source = copy_tree(tmp_path / "source")
     text = (source / file).read_text()
     (source / file).write_text(text + line + "\n" if file.endswith(".txt") else line + "\n" + text)
-    for other in [*(source / "csrc" / "cpu").glob("*.cpp"), source / "csrc" / "module.cpp"]:
+    for other in [*(source / "csrc" / "cpu").rglob("*.cpp"), source / "csrc" / "module.cpp"]:
         other.write_text("")  # not what this is about, and slow to compile
     done = pip_wheel(source, tmp_path, FFR_EXT_BUILD=mode)
     assert done.returncode != 0

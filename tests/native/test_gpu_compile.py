@@ -23,7 +23,7 @@ from machine_code import cuobjdump, instructions, resources, widths
 ROOT = Path(__file__).parents[2]
 TRITON_ARCHS = [80, 90, 100]
 CUDA_ARCHS = [80, 90, 100, 120]
-CUDA_SOURCES = ["flow_forward", "flow_backward", "filters", "groups"]
+CUDA_SOURCES = ["flow_forward", "flow_backward", "filters", "group_norms", "group_scaling"]
 
 # Some minutes of compiling on two cores.
 pytestmark = pytest.mark.slow
@@ -104,9 +104,8 @@ def test_cuda_kernels_access_16_bytes(arch: int, cuda_kernels: Any) -> None:
 @pytest.mark.parametrize("arch", CUDA_ARCHS)
 def test_cuda_kernels_for_groups_access_16_bytes_and_each_once(arch: int, cuda_kernels: Any) -> None:
     """Per thread: 8 rows of a weight for the norms; 4 accesses of a weight, and of a gradient where there is one."""
-    kernels = cuda_kernels[arch, "groups"]
-    norms = [k for k in kernels if "pair_norms_kernel" in k.name]
-    scaling = [k for k in kernels if "scale_kernel" in k.name]
+    norms = [k for k in cuda_kernels[arch, "group_norms"] if "pair_norms_kernel" in k.name]
+    scaling = cuda_kernels[arch, "group_scaling"]
     assert len(norms) == 12  # 4 dtypes, 3 norms
     assert len(scaling) == 8  # 4 dtypes, add or shrink
     for kernel in norms:
@@ -123,14 +122,14 @@ def test_cuda_kernels_for_groups_access_16_bytes_and_each_once(arch: int, cuda_k
 def test_cuda_kernels_leave_room_for_enough_warps(arch: int, cuda_kernels: Any) -> None:
     """16 warps on a multiprocessor (65536 registers), each with four 512-byte loads in flight, are 32 KiB: more
     than the 25 KiB an H200 needs."""
-    for source in ("flow_forward", "flow_backward", "groups"):
+    for source in ("flow_forward", "flow_backward", "group_norms", "group_scaling"):
         for kernel in cuda_kernels[arch, source]:
             assert kernel.registers <= 128, f"{kernel.name}: {kernel.registers} registers"
 
 
 # ------------------------------------------------------------------------------------------------ Triton
 
-TRITON_SOURCES = ["flow_kernels", "filters", "groups"]
+TRITON_SOURCES = ["flow_kernels", "filters", "groups_kernels"]
 # (dtype, features, squared, elements): what is launched for one stage.
 TRITON_STAGES = [
     ("float32", 6, False, 1 << 18),

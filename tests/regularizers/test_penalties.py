@@ -299,7 +299,7 @@ def test_channels_that_an_addition_couples_are_one_group() -> None:
 def test_slimming_by_proximal_map_is_a_soft_threshold() -> None:
     model = lenet()
     gamma = model[1].weight.detach().clone()
-    slim = ScaleLasso(model, weight=0.3, form="prox")
+    slim = ScaleLasso(model, weight=0.3, form="prox", step_size=1.0)
     slim.add_gradients_()
     assert model[1].weight.grad is None
     assert float(slim.loss()) == 0
@@ -312,7 +312,9 @@ def test_slimming_by_proximal_map_is_a_soft_threshold() -> None:
 def test_groups_shrink_by_the_proximal_map_of_their_norm(groups: str) -> None:
     model = lenet()
     before = copy.deepcopy(model)
-    SparseGroupLasso(model, weight=0.05, sparse=None, groups=groups, include_norm=False, form="prox").step()
+    SparseGroupLasso(
+        model, weight=0.05, sparse=None, groups=groups, include_norm=False, form="prox", step_size=1.0
+    ).step()
     for index in (0, 4, 7, 9):
         old, new = before[index].weight.detach(), model[index].weight.detach()
         if groups == "paper" and old.dim() == 2:
@@ -336,12 +338,12 @@ def test_groups_shrink_by_the_proximal_map_of_their_norm(groups: str) -> None:
 def test_thresholds_follow_the_learning_rate(make_optimizer: Callable[..., Any], size: float) -> None:
     model = lenet()
     slim = ScaleLasso(model, weight=0.3, form="prox")
+    fixed = ScaleLasso(model, weight=0.3, form="prox", step_size=0.01)
     optimizer = make_optimizer(model.parameters())
     optimizer.step()  # without gradients: nothing moves
     gamma = model[1].weight.detach().clone()
     slim.step()
     torch.testing.assert_close(model[1].weight.detach(), prox("l1", gamma, 0.3 * size))
-    fixed = ScaleLasso(model, weight=0.3, form="prox", step_size=0.01)
     gamma = model[1].weight.detach().clone()
     fixed.scale = 2.0
     fixed.step()
@@ -372,14 +374,34 @@ def test_coupled_groups_reach_exact_zeros_that_compact_takes_out() -> None:
     assert result.report.parameters[1] < result.report.parameters[0]
 
 
+@pytest.mark.parametrize("step_size", [None, 0.01])
+def test_a_step_that_a_gradient_scaler_leaves_out_shrinks_nothing(step_size: float | None) -> None:
+    """The first, before any optimizer has stepped, and a later one."""
+    model = lenet()
+    slim = ScaleLasso(model, weight=0.3, form="prox", step_size=step_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    shrunk = []
+    for overflows in (True, False, True, True, False):
+        before = model[1].weight.detach().clone()
+        loss = model(X).square().mean() * (math.inf if overflows else 0.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        slim.step()
+        scaler.update()
+        optimizer.zero_grad()
+        shrunk.append(not torch.equal(model[1].weight.detach(), before))
+    assert shrunk == [step_size is not None, True, False, False, True]
+
+
 def test_a_proximal_map_shows_nan_too() -> None:
     model = lenet()
     with torch.no_grad():
         model[0].weight[2, 0, 0, 0] = math.nan
         model[1].weight[3] = math.nan
-    ScaleLasso(model, weight=0.1, form="prox").step()
+    ScaleLasso(model, weight=0.1, form="prox", step_size=1.0).step()
     assert model[1].weight.isnan().tolist() == [False] * 3 + [True] + [False] * 2
-    SparseGroupLasso(model, weight=0.01, sparse=None, include_norm=False, form="prox").step()
+    SparseGroupLasso(model, weight=0.01, sparse=None, include_norm=False, form="prox", step_size=1.0).step()
     assert model[0].weight.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False, False]
 
 

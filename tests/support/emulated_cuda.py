@@ -18,7 +18,8 @@ SOURCES = [
     ROOT / "csrc/cuda/flow_forward.cu",
     ROOT / "csrc/cuda/flow_backward.cu",
     ROOT / "csrc/cuda/filters.cu",
-    ROOT / "csrc/cuda/groups.cu",
+    ROOT / "csrc/cuda/group_norms.cu",
+    ROOT / "csrc/cuda/group_scaling.cu",
 ]
 # Few blocks, so that small tensors already give a block several tiles.
 FLAGS = [

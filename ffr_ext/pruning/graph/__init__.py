@@ -1,9 +1,9 @@
 """What a channel is: the channels of every tensor of a model, what is known of them, and which leave together.
 
-Usable without `compact`. Reading order: `trace` (the exported graph), `channels` (labels and their unions), `states`
-(live or constant), `constants` (who takes them up), `analysis` (one walk, with a rule for each op from `rules/`),
-`solver` (the largest set of channels that may leave), `branches` (modules that are dead as a whole), `groups` (every
-slice that leaves with a channel).
+Usable without `compact`. Reading order: `trace` (the exported graph; `inline`, `packed` and `experts` give it a form
+that can be walked), `channels` (labels and their unions), `states` (live or constant), `constants` (who takes them up),
+`analysis` (one walk, with a rule for each op from `rules/`), `solver` (the largest set of channels that may leave),
+`branches` (modules that are dead as a whole), `groups` (every slice that leaves with a channel).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .rules import (  # noqa: F401  they fill the table of rules
     pointwise,
     rearrange,
     recurrent,
+    routing,
     shape,
     split,
 )

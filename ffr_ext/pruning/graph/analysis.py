@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -111,6 +111,7 @@ class Constraint:
     parts: list[Tensor]
     inputs: list[Tensor] = field(default_factory=list)
     module: str | None = None  # whose number of groups changes with the parts that are left
+    multiple: int = 1  # of "equal" parts: what is left of each is a multiple of it
 
 
 class Analysis:
@@ -144,13 +145,36 @@ class Analysis:
         self.positions = {n: i for i, n in enumerate(graph.nodes)}
         for name, tensor in graph.tensors.items():
             self.labels[name] = tuple(self.sets.new(s) if s > 1 else None for s in tensor.shape)
+        self._pin_torchs_attention()
         for node in graph.nodes:
             self._visit(node)
+        for stack, parts in graph.stacks.items():
+            for labels in zip(*(self.labels[name] for name in parts), strict=True):
+                sizes = [v for v in labels if v is not None]
+                if sizes:
+                    said = f"the tensor of all experts {stack}"
+                    multiple = graph.multiples.get(stack, 1)
+                    self.constraints.append(Constraint("equal", said, sizes, multiple=multiple))
         for read in self.reads:
             read.silenced = torch.zeros_like(read.outputs, dtype=torch.bool)
             if read.dim is not None:
                 own = slice(read.start, read.start + read.outputs.numel())
                 read.silenced = self._silenced(read.node, read.dim)[own]
+
+    def _pin_torchs_attention(self) -> None:
+        """What an `nn.MultiheadAttention` cannot lose, said before anything else is found out about it."""
+        reason = (
+            "nn.MultiheadAttention takes one number, embed_dim, for its queries and for all heads together: neither "
+            "can get smaller (heads of an attention made of linear layers can leave)"
+        )
+        inside = [(name, 0) for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight")]
+        inside += [("v_proj_weight", 0), ("out_proj.weight", 1), ("in_proj_weight", 1), ("q_proj_weight", 1)]
+        for path, module in self.graph.modules.items():
+            if type(module).forward is nn.MultiheadAttention.forward:
+                for name, dim in inside:
+                    own = self.graph.name_of.get(f"{path}.{name}" if path else name)
+                    if own in self.labels:
+                        self.sets.pin(self.labels[own][dim], reason)
 
     # ---------------------------------------------------------------------------------------------------
     # For the rules

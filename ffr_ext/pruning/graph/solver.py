@@ -236,7 +236,7 @@ class Solver:
                     )
             return
         if constraint.kind == "equal":
-            self._level(removed, spare, parts, why)
+            self._level(removed, spare, parts, why, constraint.multiple)
             return
         present = [
             i
@@ -246,17 +246,24 @@ class Solver:
         self._level(removed, spare, [parts[i] for i in present], why)
         self._level(removed, spare, [inputs[i] for i in present], why)
 
-    def _level(self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str) -> None:
+    def _level(
+        self, removed: Tensor, spare: Tensor, parts: list[Tensor], why: str, multiple: int = 1
+    ) -> None:
         kept = [part.numel() - int(removed[part].sum()) for part in parts]
         most = max(1, *kept) if len(kept) > 1 else max(1, kept[0])
+        most = math.ceil(most / multiple) * multiple
         for part, count in zip(parts, kept, strict=True):
             self._give_back(removed, spare, part, most - count, why)
 
     def _give_back(self, removed: Tensor, spare: Tensor, channels: Tensor, count: int, why: str) -> None:
-        gone = channels[removed[channels] & ~self._settled[channels]].unique()
+        """Indices of a dimension, whose channels are `channels`: one channel can be at several (gate and up projections
+        in one weight)."""
+        gone, times = channels[removed[channels] & ~self._settled[channels]].unique(return_counts=True)
         if count <= 0 or not gone.numel():
             return
-        strongest = gone[self.strength()[gone].sort(descending=True, stable=True).indices[:count]]
+        order = self.strength()[gone].sort(descending=True, stable=True).indices
+        before = times[order].cumsum(0) - times[order]
+        strongest = gone[order[before < count]]
         removed[strongest] = False
         spare[strongest] = True
         self._gave_back = True

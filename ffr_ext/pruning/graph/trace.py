@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch.fx import Node
 from ... import _torch
 from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating, output_tensors
 from .inline import inlined
+from .packed import unpacked
+
+# Stands for every size that depends on values, as how many tokens an expert gets: prime, and no usual size.
+UNKNOWN_SIZE = 101
 
 
 @dataclass
@@ -29,20 +33,28 @@ class TracedGraph:
     name_of: dict[str, str]  # every name of a parameter or buffer -> its one name in `tensors`
     modules: dict[str, nn.Module]
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
+    assumed: bool = False  # some rows are there wherever values say how many
+    experts: set[str] = field(default_factory=set)  # modules whose children values choose among
+    # A tensor of all experts -> its parts in `tensors`, and what its sizes have to be multiples of.
+    stacks: dict[str, list[str]] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
     """Export the model in eval mode. ValueError with the reason where `torch.export` cannot."""
-    with evaluating(model), _returning_tensors(model):
-        try:
-            exported = torch.export.export(model, args, kwargs, strict=False)
-        except OUT_OF_MEMORY:
-            raise
-        except Exception as error:
+    assumed = False
+    try:
+        exported = _export(model, args, kwargs)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        again = _export_with_rows(model, args, kwargs) if _looks_at_values(error) else None
+        if again is None:
             raise ValueError(
                 f"torch.export could not trace {type(model).__name__} with these example_inputs, so nothing is known "
-                f"about its channels: {_reason(error)}"
+                f"about its channels: {_reason(error, model)}"
             ) from error
+        exported, assumed = again, True
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = canonical_names(model)
@@ -54,6 +66,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
         names,
         dict(model.named_modules(remove_duplicate=False)),
     )
+    graph.assumed = assumed
     lifted = signature.inputs_to_lifted_tensor_constants
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -62,18 +75,39 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
             graph.tensor_names[node] = names[named[node.name]]
         elif node.name in lifted:
             graph.constants[node] = exported.constants[lifted[node.name]]
+    _give_sizes(graph)
     return graph
 
 
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with evaluating(model), _returning_tensors(model):
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _export_with_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `_export`, with at least one row wherever values say how many (`if rows.numel() == 0: continue`); None where
+    that is not enough."""
+    with evaluating(model), _returning_tensors(model, _torch.AssumeRows):
+        try:
+            return torch.export.export(model, args, kwargs, strict=False)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            return None
+
+
 @contextlib.contextmanager
-def _returning_tensors(model: nn.Module) -> Iterator[None]:
+def _returning_tensors(
+    model: nn.Module, inside: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+) -> Iterator[None]:
     """Inside, the model returns a list of the tensors it gives: torch.export refuses classes that no pytree knows, such
     as the caches of language models."""
     own, forward = vars(model).get("forward"), model.forward
 
     @functools.wraps(forward)
     def returning(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return output_tensors(forward(*args, **kwargs))
+        with inside(), unpacked(model), _torch.masks_as_given():
+            return output_tensors(forward(*args, **kwargs))
 
     model.forward = returning
     try:
@@ -85,6 +119,46 @@ def _returning_tensors(model: nn.Module) -> Iterator[None]:
             model.forward = own
 
 
+def _give_sizes(graph: TracedGraph) -> None:
+    """Every tensor gets a shape of numbers. What works on nothing but as many rows as values say are the experts of a
+    mixture."""
+    routed: set[str] = set()
+    others: set[str] = set()
+    for node in graph.nodes:
+        values = [v for v in _torch.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        if node.op != "call_function" or not values:
+            continue
+        depends = any(_depends_on_values(v) for v in values)
+        (routed if depends else others).update(re.sub(r"@\d+", "", path) for path in module_paths(node))
+        if depends:
+            node.meta["val"] = _torch.map_tensors(_with_sizes, node.meta["val"])
+        if depends and any(_is_part_of_a_stack(graph, source) for source in node.all_input_nodes):
+            graph.experts.add(module_path(node))
+    for path in routed - others:
+        container = path.rpartition(".")[0]
+        if isinstance(graph.modules.get(container), nn.ModuleList | nn.ModuleDict):
+            graph.experts.add(container)
+
+
+def _is_part_of_a_stack(graph: TracedGraph, node: Node) -> bool:
+    """stack[0] of a parameter [experts, .., ..]."""
+    if node.op != "call_function" or op_name(node) != "select" or node.args[1] != 0:
+        return False
+    (stack,) = node.all_input_nodes
+    return stack in graph.tensor_names and stack.meta["val"].dim() == 3
+
+
+def _depends_on_values(value: Tensor) -> bool:
+    return not all(isinstance(size, int) for size in value.shape)
+
+
+def _with_sizes(value: Tensor) -> Tensor:
+    if not _depends_on_values(value):
+        return value
+    shape = [_torch.size_of(size, UNKNOWN_SIZE) for size in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
 # What errors of torch.export have in common where the forward looks at the values of a tensor, and what helps.
 _LOOKS_AT_VALUES = re.compile("data-dependent|DataDependent|unbacked|dynamic shape operator")
 _REMEDY = (
@@ -92,8 +166,17 @@ _REMEDY = (
     "with options that avoid it, or compact the submodule that holds the layers"
 )
 
+_REMEDY_OF_EXPERTS = (
+    "the experts are called in a loop over those that get tokens: model.set_experts_implementation('grouped_mm') takes "
+    "them all at once and computes the same; after the compaction it can be set back"
+)
 
-def _reason(error: Exception) -> str:
+
+def _looks_at_values(error: Exception) -> bool:
+    return _LOOKS_AT_VALUES.search(f"{type(error).__name__} {error}") is not None
+
+
+def _reason(error: Exception, model: nn.Module) -> str:
     """The first sentence of an error of torch.export, the line of the model's code it is about, and what helps."""
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
@@ -101,7 +184,10 @@ def _reason(error: Exception) -> str:
     at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', text)
     place = f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})" if at else ""
     said = f"{type(error).__name__}: {first}{place}"
-    return f"{said}; {_REMEDY}" if _LOOKS_AT_VALUES.search(f"{type(error).__name__} {text}") else said
+    if not _looks_at_values(error):
+        return said
+    of_experts = hasattr(model, "set_experts_implementation") and "xpert" in place  # transformers
+    return f"{said}; {_REMEDY_OF_EXPERTS if of_experts else _REMEDY}"
 
 
 def module_path(node: Node) -> str:

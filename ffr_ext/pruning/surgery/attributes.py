@@ -91,6 +91,12 @@ class Sizes:
                 self._evidence[path][old].add(new)
                 if old != new:
                     self.known.setdefault(path, {})[attribute] = new
+        for path, module in self.graph.modules.items():
+            if isinstance(module, nn.MultiheadAttention) and module.k_proj_weight is not None:
+                for attribute, name in (("kdim", "k_proj_weight"), ("vdim", "v_proj_weight")):
+                    size = self._shape(f"{path}.{name}" if path else name)[1]
+                    if getattr(module, attribute) != size:
+                        self.known.setdefault(path, {})[attribute] = size
         for path, attribute, labels in self.solver.analysis.sized:
             owner = self.graph.modules.get(path)
             self._told.add((path, attribute))
@@ -121,7 +127,11 @@ class Sizes:
 
     def _weight_shape(self, path: str) -> tuple[int, ...] | None:
         name = self.graph.name_of.get(f"{path}.weight" if path else "weight")
-        return None if name is None else cut_shape(self.source[name], self.cuts.get(name, []))
+        return None if name is None else self._shape(name)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        name = self.graph.name_of[name]
+        return cut_shape(self.source[name], self.cuts.get(name, []))
 
     def _left(self, labels: Tensor) -> int:
         return int((~self.removed[self.solver.sets.channel_of[labels]]).sum())

@@ -72,12 +72,24 @@ def removed_by(solver: Solver, plan: CompactionPlan) -> Tensor:
         present[channels] = True
         if not _inside(name, plan.replaced):
             left[channels] = True
-        for cut in plan.cuts.get(name, []):
-            if cut.dim == dim and cut.keep is not None:
-                gone = torch.ones(channels.numel(), dtype=torch.bool)
-                gone[list(cut.keep)] = False
-                removed[channels[gone]] = True
+        for keep in _kept(solver, plan, name, dim):
+            gone = torch.ones(channels.numel(), dtype=torch.bool)
+            gone[list(keep)] = False
+            removed[channels[gone]] = True
     return removed | (present & ~left)
+
+
+def _kept(solver: Solver, plan: CompactionPlan, name: str, dim: int) -> list[Sequence[int]]:
+    """The lists of kept indices that the plan has for a dimension of a tensor, or of an expert's part of one."""
+    for stack, parts in solver.analysis.graph.stacks.items():
+        if name in parts:
+            expert = parts.index(name)
+            return [
+                cut.groups[expert] if cut.groups is not None else cut.keep or []
+                for cut in plan.cuts.get(stack, [])
+                if cut.dim == dim + 1
+            ]
+    return [cut.keep for cut in plan.cuts.get(name, []) if cut.dim == dim and cut.keep is not None]
 
 
 @on_cpu

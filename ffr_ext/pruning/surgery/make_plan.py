@@ -4,6 +4,7 @@ sizes."""
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..graph.solver import Solver
 from ..graph.states import on_cpu
 from .attributes import Sizes
 from .cuts import Cut
-from .merges import merges_of
+from .merges import Merge, merges_of
 from .plan import CompactionPlan
 
 
@@ -31,7 +32,7 @@ def make_plan(
     return CompactionPlan(
         source=source,
         cuts=cuts,
-        merges=merges_of(solver.merged(removed)),
+        merges=_of_stacks(solver, merges_of(solver.merged(removed))),
         biases=_biases(solver, removed),
         attributes=Sizes(solver, removed, cuts, source).attributes(alone),
         replaced=replaced,
@@ -41,8 +42,11 @@ def make_plan(
 def _cuts(solver: Solver, removed: Tensor) -> dict[str, list[Cut]]:
     cuts: dict[str, list[Cut]] = {}
     channel_of = solver.sets.channel_of
+    stacked = {part for parts in solver.analysis.graph.stacks.values() for part in parts}
     for (name, dim), channels in solver.axes.items():
         kept = (~removed[channels]).nonzero().flatten()
+        if name in stacked:
+            continue
         if kept.numel() < channels.numel():
             cuts.setdefault(name, []).append(Cut(dim, kept.tolist()))
     for name, groups in solver.analysis.grouped_inputs.items():
@@ -50,7 +54,43 @@ def _cuts(solver: Solver, removed: Tensor) -> dict[str, list[Cut]]:
         keep = [k for k in keep if k]
         if any(len(k) < g.numel() for k, g in zip(keep, groups, strict=False)):
             cuts.setdefault(name, []).append(Cut(1, groups=keep))
+    for name in solver.analysis.graph.stacks:
+        cut = _cuts_of_stack(solver, removed, name)
+        if cut:
+            cuts[name] = cut
     return cuts
+
+
+def _cuts_of_stack(solver: Solver, removed: Tensor, name: str) -> list[Cut]:
+    """Of a tensor of all experts: where they share channels one list of what is kept, else one for each expert."""
+    parts = solver.analysis.graph.stacks[name]
+    cuts = []
+    for dim in range(solver.analysis.graph.tensors[parts[0]].dim()):
+        channels = [solver.axes[part, dim] for part in parts if (part, dim) in solver.axes]
+        if not any(bool(removed[c].any()) for c in channels):
+            continue
+        keep = [(~removed[c]).nonzero().flatten().tolist() for c in channels]
+        shared = all(c.equal(channels[0]) for c in channels)
+        cuts.append(Cut(dim + 1, keep[0]) if shared else Cut(dim + 1, groups=keep))
+    return cuts
+
+
+def _of_stacks(solver: Solver, merges: dict[str, list[Merge]]) -> dict[str, list[Merge]]:
+    """What is merged in the weight of one expert, as a merge in its rows of the tensor of all."""
+    place = {
+        part: (name, expert)
+        for name, parts in solver.analysis.graph.stacks.items()
+        for expert, part in enumerate(parts)
+    }
+    result: dict[str, list[Merge]] = {}
+    for name, entries in merges.items():
+        if name in place:
+            stack, expert = place[name]
+            entries = [replace(m, dim=m.dim + 1, rows=[expert]) for m in entries]
+            result.setdefault(stack, []).extend(entries)
+        else:
+            result[name] = entries
+    return result
 
 
 def _biases(solver: Solver, removed: Tensor) -> dict[str, dict[str, Any]]:

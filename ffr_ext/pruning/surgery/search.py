@@ -14,6 +14,7 @@ from ..._torch import hooks
 from ...models import copy_without_hooks
 from ..graph.analysis import Analysis
 from ..graph.branches import dead_branches
+from ..graph.experts import unrolled
 from ..graph.solver import Options, Solver
 from ..graph.trace import trace
 from ..verify import Check, Mismatch, unreached_parameters
@@ -133,13 +134,13 @@ class Search:
             ) from error
         graph = trace(base, self.args, self.kwargs)
         self._look_at_training_mode(unreached_parameters(graph, base))
-        analysis = Analysis(graph, strict=True)
+        analysis = Analysis(unrolled(graph), strict=True)
         found = dead_branches(analysis)
         holding = _confirmed(list(found), lambda known, more: self._replacement_holds(found, known, more))
         self.replaced = {path: found[path] for path in holding}
         if self.replaced:
             base = self._cut(CompactionPlan(self.source, replaced=self.replaced))
-            analysis = Analysis(trace(base, self.args, self.kwargs), strict=True)
+            analysis = Analysis(unrolled(trace(base, self.args, self.kwargs)), strict=True)
         return analysis
 
     def _look_at_training_mode(self, unreached: list[str]) -> None:

@@ -45,6 +45,71 @@ CASES = {
         {"a": 6, "b": 6},
         "the intersection",
     ),
+    "every-second-channel": Case(
+        lambda: Net(
+            lambda m, x: m.c(m.a(x)[:, ::2].relu() * m.a(x)[:, 1::2]),
+            a=conv(3, 8, dead=DEAD),
+            c=conv(4, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 4, "c.in_channels": 2},
+        "pairs with a dead channel, 0, 1 and 2, 3: their product is 0",
+    ),
+    "the-first-of-every-three": Case(
+        lambda: Net(lambda m, x: m.c(m.a(x)[:, ::3]), a=conv(3, 8, dead=DEAD), c=conv(3, 4)),
+        IMAGE,
+        {"a": 8},
+        "8 channels are no steps of 3",
+    ),
+    "largest-channel": Case(
+        lambda: Net(lambda m, x: m.a(x).max(1).values.sum() + m.b(x), a=conv(3, 8, dead=DEAD), b=conv(3, 2)),
+        IMAGE,
+        {"a": 8},
+        "0 can be the largest",
+    ),
+    "larger-of-two": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.max(m.a(x), m.b(x))),
+            a=conv(3, 8, dead=DEAD),
+            b=conv(3, 8, dead=DEAD),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 5, "b": 5},
+        "by channel",
+    ),
+    "where-with-a-number": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.b(x) > 0, m.a(x).relu(), 0.0)),
+            a=conv(3, 8, dead=DEAD),
+            b=conv(3, 8),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 5, "b": 5},
+        "0, whatever the condition",
+    ),
+    "where-with-another-number": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.b(x) > 0, 0.5, m.a(x).relu())),
+            a=conv(3, 8, dead=DEAD),
+            b=conv(3, 8),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 8, "b": 8},
+        "one of two constants",
+    ),
+    "where-of-a-constant-condition": Case(
+        lambda: Net(
+            lambda m, x: m.c(torch.where(m.a(x) > 0.1, 1.0, 0.0)),
+            a=conv(3, 8, dead=DEAD),
+            c=conv(8, 4, padding=1),
+        ),
+        IMAGE,
+        {"a": 5},
+        "the condition is a constant",
+    ),
     "residual-in-place": Case(
         lambda: Net(
             lambda m, x: m.c(m.a(x).add_(m.b(x)).relu_()),

@@ -107,7 +107,31 @@ def _matmul(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | Non
     letters = "ABCDEFGHIJKLMNOPQRSTUVW"
     batch = letters[: len(meta_shape(node)) - 2]
     own = [batch[len(batch) - (f.rank - 2) :] for f in (a, b)]
-    return _contraction(analysis, node, [a, b], [f"{own[0]}XY", f"{own[1]}YZ"], f"{batch}XZ")
+    flow = _contraction(analysis, node, [a, b], [f"{own[0]}XY", f"{own[1]}YZ"], f"{batch}XZ")
+    return _mean(flow, b) if flow is not None and _sums_to_one(node.args[0]) else flow
+
+
+_SAME_ROWS = ("to", "contiguous", "clone", "dropout", "view", "reshape", "expand", "unsqueeze", "squeeze")
+
+
+def _sums_to_one(weights: Any) -> bool:
+    """The last dimension is that of a softmax over it, as in attention that is written out."""
+    while isinstance(weights, Node) and weights.op == "call_function" and op_name(weights) in _SAME_ROWS:
+        source = weights.args[0]
+        if not isinstance(source, Node) or source.meta["val"].shape[-1:] != weights.meta["val"].shape[-1:]:
+            return False
+        weights = source
+    if not isinstance(weights, Node) or op_name(weights) not in ("softmax", "_softmax"):
+        return False
+    return weights.args[1] in (-1, weights.meta["val"].dim() - 1)
+
+
+def _mean(flow: Flow, values: Flow) -> Flow:
+    """What is the same for all steps is a mean of equal values, whatever the weights of the mean."""
+    least, most = (f(values.state.value.double(), -2, keepdim=True) for f in (torch.amin, torch.amax))
+    changes = values.state.live.any(-2, keepdim=True) | (least != most)
+    live = flow.state.live & changes
+    return Flow(flow.shape, flow.labels, State(torch.where(changes, 0.0, least).expand(live.shape), live))
 
 
 @rule("einsum")

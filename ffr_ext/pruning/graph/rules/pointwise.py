@@ -34,6 +34,25 @@ def pointwise(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | 
     return Flow(shape, labels, _pointwise_state(analysis, node, operands, len(shape)))
 
 
+@rule("where")
+def _where(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
+    """With a number in one of the places torch does not call it pointwise; with the condition alone it is none. Where
+    both are the same constant, so is the result, whatever the condition."""
+    if len(node.args) != 3:
+        return None
+    flow = pointwise(analysis, node, bound)
+    if flow is None or flow.state.all_constant():
+        return flow
+    live, values = torch.zeros((1,) * flow.rank, dtype=torch.bool), []
+    for given in (bound["self"], bound["other"]):
+        state = given.state if isinstance(given, Flow) else states.constant(torch.tensor(float(given)))
+        live = live | state.live
+        values.append(state.value.double())
+    live = flow.state.live & (live | (values[0] != values[1]))
+    value = torch.where(flow.state.live, values[0], flow.state.value.double())
+    return Flow(flow.shape, flow.labels, states.make(value, live))
+
+
 def combined_labels(
     analysis: Analysis, node: Node, operands: list[Flow], shape: tuple[int, ...]
 ) -> tuple[Tensor | None, ...]:

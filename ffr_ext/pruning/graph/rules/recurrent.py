@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from .... import _torch
-from ..analysis import Analysis, BiasTarget, Flow, Read, WeightTarget, unknown_flow
+from .. import states
+from ..analysis import Analysis, BiasTarget, Flow, Read, WeightTarget, meta_shape, unknown_flow
 from ..registry import rule
 from ..states import per_index
 from ..trace import module_path, where
+from .pointwise import combined_labels
 
 _LAYERS = (nn.RNNBase, nn.RNNCellBase)
 
@@ -45,6 +47,23 @@ def _cell(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Any:
     _read_input(analysis, node, bound["input"], bound["w_ih"], bound.get("b_ih"))
     _stay(analysis, node, bound["input"], [bound["w_ih"]], [bound["hx"], weights])
     return _torch.tree_map(unknown_flow, node.meta["val"])
+
+
+@rule("pad_sequence")
+def _pad_sequence(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
+    """Sequences of several lengths [L, ..] as one tensor [B, T, ..]: constant where the padding is the same number."""
+    flows: list[Flow] = list(bound["sequences"])
+    shape = meta_shape(node)
+    rows, is_live = [], torch.zeros((1,) * len(shape), dtype=torch.bool)
+    padding = torch.tensor(float(bound["padding_value"]), dtype=torch.float64)
+    for flow in flows:
+        analysis.pin(flow, f"the steps of {where(node)}", [0])
+        value, live = flow.state.value.double()[None], flow.state.live[None]
+        rows.append(Flow((1, 1, *flow.shape[1:]), (None, None, *flow.labels[1:]), states.live(len(shape))))
+        differs = (value != padding).any(1, keepdim=True)
+        is_live = is_live | live.any(1, keepdim=True) | differs
+    labels = combined_labels(analysis, node, rows, (1, 1, *shape[2:]))
+    return Flow(shape, labels, states.make(padding.expand(is_live.shape).clone(), is_live))
 
 
 def _read_input(analysis: Analysis, node: Node, x: Flow, weight: Flow, bias: Flow | None) -> None:

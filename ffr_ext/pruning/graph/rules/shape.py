@@ -15,7 +15,7 @@ from ..analysis import Analysis, Flow, Labels, meta_shape
 from ..registry import rule
 from ..states import State, fill_dims
 from ..trace import module_path, where
-from .pointwise import combined_labels, fold
+from .pointwise import combined_labels
 from .split import narrowed
 
 # ---------------------------------------------------------------------------------------------------
@@ -247,12 +247,18 @@ def _slice(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
     dim = bound["dim"] % flow.rank
     size, step = meta_shape(node)[dim], bound.get("step") or 1
     start = bound.get("start") or 0
-    if not isinstance(start, int) or size == 0:
-        return None
+    if not isinstance(start, int) or size == 0 or any(isinstance(a, Node) for a in node.args[1:]):
+        return None  # a place that depends on values
     start = min(start + flow.shape[dim] if start < 0 else start, flow.shape[dim])
     if size == flow.shape[dim]:
         return Flow(flow.shape, flow.labels, flow.state)
-    analysis.pin(flow, f"sliced by {where(node)}", [dim])
+    vector = flow.labels[dim]
+    if vector is not None and start < step and size * step == flow.shape[dim]:
+        phases = vector.reshape(size, step)  # x[..., ::2]: the channels of a step leave together
+        for phase in range(1, step):
+            analysis.sets.unify(phases[:, 0], phases[:, phase])
+    else:
+        analysis.pin(flow, f"sliced by {where(node)}", [dim])
     return narrowed(flow, dim, start, size, step)
 
 
@@ -286,22 +292,6 @@ def _getitem(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | No
         return None
     flow = bound["0"][bound["1"]]
     return flow if isinstance(flow, Flow) else None
-
-
-@rule("index")
-def _index(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None:
-    """x[:, index]: one index tensor, of one dimension."""
-    flow: Flow = bound["self"]
-    indexed = [d for d, i in enumerate(bound["indices"]) if i is not None]
-    if flow.state.all_constant():
-        return fold(analysis, node, bound)
-    if len(indexed) != 1:
-        return None
-    (dim,) = indexed
-    if bound["indices"][dim].rank != 1 or flow.state.value.shape[dim] > 1 or flow.state.live.shape[dim] > 1:
-        return None
-    analysis.pin(flow, f"indexed by {where(node)}", [dim])
-    return Flow(meta_shape(node), (*flow.labels[:dim], None, *flow.labels[dim + 1 :]), flow.state)
 
 
 @rule(

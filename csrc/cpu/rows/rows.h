@@ -1,20 +1,20 @@
 // Row kernels: the innermost loops, over one tile of one feature or over one run of a filter. Compiled once
-// for each instruction set: rows_default.cpp, rows_avx2.cpp and rows_avx512.cpp include the same text, in
+// for each instruction set: default.cpp, avx2.cpp and avx512.cpp include the same text, in
 // six parts,
 //   block.inc           a block of elements in vector registers
 //   block_portable.inc  packing, unpacking and conversion that the AVX files replace in part by their own
-//   norms_impl.inc      norms of filters
-//   pairs_impl.inc      rows and columns of weights
-//   rows_impl.inc       forward and backward pass
-//   rows_table.inc      the table of these
+//   norms.inc           norms of filters
+//   pairs.inc           rows and columns of weights
+//   passes.inc          forward and backward pass
+//   table.inc           the table of these
 // inside an unnamed namespace, under the file's target attributes. Every instruction set gives bit-identical
 // results, because the order of additions is fixed and no multiply-add is contracted.
 #pragma once
 
 #include <stdint.h>
 
-#include "../common/dtype.h"
-#include "../common/flow_math.h"
+#include "../../common/dtype.h"
+#include "../../common/flow_math.h"
 #include "isa.h"
 
 namespace ffr {

@@ -145,10 +145,10 @@ struct SignLookup<float> {
   }
 };
 
-#include "norms_impl.inc"
-#include "pairs_impl.inc"
-#include "rows_impl.inc"
-#include "rows_table.inc"
+#include "norms.inc"
+#include "pairs.inc"
+#include "passes.inc"
+#include "table.inc"
 
 }  // namespace
 
