@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,30 +239,29 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--level", default="synapse", choices=["channel", "synapse"])
     parser.add_argument("--generations", type=int, default=5)
+    parser.add_argument("--attenuations", type=float, nargs="+", default=[1.0, 0.5, 0.0])
     options = parser.parse_args(argv)
     whole = options.what == "lasso"
     images = pixels(load("mnist", options.data_dir), options.images or (None if whole else 6000))
     rows: list[Row] = []
-    for seed in range(options.seeds):
-        if whole:
-            rows += lasso(
-                images,
-                seed,
-                options.epochs or 14,
-                options.strength or 0.1,
-                options.beta,
-                options.groups,
-                options.rate,
-            )
-        elif options.what == "out-in":
-            rows += out_in(images, seed, options.strength or 1e-3)
-        else:
-            for attenuation in (1.0, 0.5, 0.0):
-                rows += generations(
-                    images, seed, attenuation, options.generations, options.epochs or 3, options.level
-                )
-    write_csv(options.out, rows)
+    for found in measurements(options, images):
+        rows += found
+        write_csv(options.out, rows)  # what is measured stays, if a long run is stopped
     return rows
+
+
+def measurements(options: argparse.Namespace, images: Images) -> Iterator[list[Row]]:
+    """Rows as they come: of one seed, for generations of one attenuation."""
+    for seed in range(options.seeds):
+        if options.what == "lasso":
+            epochs, strength = options.epochs or 14, options.strength or 0.1
+            yield lasso(images, seed, epochs, strength, options.beta, options.groups, options.rate)
+        elif options.what == "out-in":
+            yield out_in(images, seed, options.strength or 1e-3)
+        else:
+            for attenuation in options.attenuations:
+                epochs = options.epochs or 3
+                yield generations(images, seed, attenuation, options.generations, epochs, options.level)
 
 
 if __name__ == "__main__":

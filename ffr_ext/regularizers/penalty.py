@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_choice
-from ..pruning.graph.groups.shards import Local, local_parts
+from ..pruning.graph.groups.shards import Local, local_parts, max_over_ranks
 from ..pruning.graph.groups.slices import Slices
 from ..pruning.norms import filter_norms
 from .base import BaseRegularizer, finite
 from .fused import add_scaled_, row_column_norms, shrink_
 from .prox import non_negative
-from .step_size import last_steps, watch
+from .step_size import Step, last_steps, overflows, watch
 
 FORMS = ("gradient", "prox")
 
@@ -64,9 +65,10 @@ class GroupPenalty(BaseRegularizer):
         self._names = list(dict.fromkeys(axis.name for axis in slices.axes))
         self._axes = {(axis.name, axis.dim): axis for axis in slices.axes}
         self._followed: dict[str, int] = {}  # the number of the optimizer's step that `step` followed last
+        self._warned = False
         if form == "prox":
             watch()
-            self._moved()
+            self._moves()
 
     # ---------------------------------------------------------------------------------------------------
     # The protocol
@@ -111,19 +113,23 @@ class GroupPenalty(BaseRegularizer):
         """With ``form="prox"``: shrink every group by its threshold, to exact zeros where that is its norm or more.
 
         A weight that is in two groups (the filter of one channel and what another is read by) is multiplied by the
-        factors of both. What its optimizer has not moved since the last call stays: a ``GradScaler`` leaves steps out.
+        factors of both. What its optimizer has not moved since the last call stays: a ``GradScaler`` leaves steps out, fused
+        optimizers' too. Before the first step of any optimizer that can be seen from gradients that are not finite
+        alone, so call this before gradients are zeroed.
         """
         if not self.active or self.form != "prox":
             return
-        trained, sizes = self._moved()
-        if not trained:
+        moves = self._moves() or self._moved_by_hand()
+        if not moves:
             return
         norms = self.norms()
         shares = self.scale * self.weight * self._strengths.to(norms.device) / norms
         shares = torch.where(norms == 0, 0.0, shares)
-        parts = self._slices.local(trained)
-        keeps = {size: (1 - size * shares).clamp(min=0) for size in set(sizes)}  # NaN stays
-        rows, columns = self._lay_out(trained, parts, [keeps[size] for size in sizes], 1.0)
+        names = list(moves)
+        parts = self._slices.local(names)
+        keeps = {(step.size, step.number): _keep(shares, step) for step in moves.values()}
+        vectors = [keeps[step.size, step.number] for step in moves.values()]
+        rows, columns = self._lay_out(names, parts, vectors, 1.0)
         shrink_([part.tensor for part in parts], rows, columns)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -225,23 +231,42 @@ class GroupPenalty(BaseRegularizer):
         values = self._values()
         return values.sum() * (self.form == "gradient") + self._value_of_single_weights()
 
-    def _moved(self) -> tuple[list[str], list[float]]:
-        """The parameters that an optimizer has moved since the last call, and how far it goes. Without any optimizer a
-        given ``step_size`` is for all."""
+    def _moves(self) -> dict[str, Step]:
+        """The parameters that an optimizer has moved since the last call, and how far it goes."""
         tensors = self._slices.tensors(self._names)
         trained = [name for name in self._names if tensors[name].requires_grad]
-        names, sizes = [], []
-        for name, last in zip(trained, last_steps([tensors[name] for name in trained]), strict=True):
-            if last is None:
-                size = self.step_size
-            else:
-                fresh = self._followed.get(name) != last.number
-                size = (last.size if self.step_size is None else self.step_size) if fresh else None
-                self._followed[name] = last.number
-            if size is not None:
-                names.append(name)
-                sizes.append(size)
-        return names, sizes
+        last = dict(zip(trained, last_steps([tensors[name] for name in trained]), strict=True))
+        known = {name: step for name, step in last.items() if step is not None}
+        fresh = {name: step for name, step in known.items() if self._followed.get(name) != step.number}
+        self._followed.update((name, step.number) for name, step in fresh.items())
+        if self.step_size is None:
+            return fresh
+        return {name: step._replace(size=self.step_size) for name, step in fresh.items()}
+
+    def _moved_by_hand(self) -> dict[str, Step]:
+        """The same where no optimizer has ever stepped: all by the given `step_size`, and none where gradients say
+        that a GradScaler left the first step out."""
+        tensors = self._slices.tensors(self._names)
+        trained = [name for name in self._names if tensors[name].requires_grad]
+        worst = overflows([p for p in self.model.parameters() if p.requires_grad])
+        if self._followed or not trained or bool(max_over_ranks(worst, self._slices.local(trained))):
+            return {}
+        if self.step_size is not None:
+            return dict.fromkeys(trained, Step(self.step_size))
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}.step() shrinks nothing: no torch.optim optimizer has stepped its parameters. "
+                "Call it after optimizer.step(); give step_size= where something else trains them",
+                stacklevel=3,
+            )
+        return {}
+
+
+def _keep(shares: Tensor, step: Step) -> Tensor:
+    """What is left of each group, of 1; NaN stays."""
+    kept = (1 - step.size * shares).clamp(min=0)
+    return kept if step.left_out is None else torch.where(step.left_out.to(kept.device), 1.0, kept)
 
 
 class _Penalty(torch.autograd.Function):

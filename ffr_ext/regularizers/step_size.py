@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Optimizer -> the number of its last step among all steps. Filled once somebody has called `watch`.
-_stepped: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# What each optimizer's last step was. Filled once somebody has called `watch`.
+_taken: WeakKeyDictionary[Optimizer, _Taken] = WeakKeyDictionary()
+_numbers = itertools.count(1)
 _watching: list[Any] = []
+
+
+class _Taken(NamedTuple):
+    number: int  # among all steps of all optimizers
+    left_out: Tensor | None  # 0-dim, on the device
+
+
+class Step(NamedTuple):
+    """The last step of the optimizer that moved a parameter last: how far it goes for a gradient of 1 that stays, and
+    not at all where `left_out` is there and True."""
+
+    size: float
+    number: int = 0
+    left_out: Tensor | None = None
 
 
 def watch() -> None:
@@ -22,29 +39,37 @@ def watch() -> None:
 
 
 def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _stepped[optimizer] = max(_stepped.values(), default=0) + 1
+    # A GradScaler does not call the step of most optimizers when it leaves it out. Fused ones it calls, with
+    # `found_inf` on them, and their kernel leaves the step out.
+    found = getattr(optimizer, "found_inf", None)
+    _taken[optimizer] = _Taken(next(_numbers), found != 0 if isinstance(found, Tensor) else None)
 
 
-@dataclass(frozen=True)
-class Step:
-    """The last step of the optimizer that moved a parameter last."""
-
-    number: int  # among all steps of all optimizers
-    size: float  # how far it goes for a gradient of 1 that stays
-
-
-def last_steps(tensors: list[Tensor]) -> list[Step | None]:
-    """For each parameter the last step that moved it; None where no optimizer did. A step that a GradScaler left out
-    is none.
+def last_steps(tensors: Sequence[Tensor]) -> list[Step | None]:
+    """For each parameter the last step that moved it; None where no optimizer did.
 
     The size is the learning rate of its group, times (1 - dampening) / (1 - momentum) for optimizers with a momentum.
     """
     found: dict[int, Step] = {}
-    for optimizer, number in sorted(_stepped.items(), key=lambda item: item[1]):
+    for optimizer, taken in sorted(_taken.items(), key=lambda item: item[1].number):
         for group in optimizer.param_groups:
-            step = Step(number, _size(group))
+            step = Step(_size(group), *taken)
             found.update((id(parameter), step) for parameter in group["params"])
     return [found.get(id(tensor)) for tensor in tensors]
+
+
+@torch.no_grad()
+def overflows(parameters: Sequence[Tensor]) -> Tensor:
+    """1 where some gradient of this rank is not finite, else 0; a 0-dim tensor on the first one's device."""
+    here = parameters[0].device
+    worst = torch.zeros((), device=here)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            part: Any = parameter.grad
+            part = part.to_local() if hasattr(part, "to_local") else part
+            part = part.coalesce().values() if part.is_sparse else part
+            worst = torch.maximum(worst, (~torch.isfinite(part)).any().to(worst))
+    return worst
 
 
 def _size(group: dict[str, Any]) -> float:

@@ -18,6 +18,8 @@ except ModuleNotFoundError:  # the older distribution of the same code
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     from pytorch_lightning.plugins.precision import Precision  # type: ignore[assignment]
 
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from .._torch import unscales_by_itself
 from ..flow.feature_flow import FeatureFlow
 from ..flow.layers import LayerSpec
@@ -156,11 +158,12 @@ class FFRCallback(Callback):
     def _after_steps_of(self, optimizer: torch.optim.Optimizer, regularizer: Regularizer) -> None:
         """Let `step` follow the optimizer's, which a GradScaler may leave out."""
 
-        def after(*_args: Any) -> None:
-            if regularizer.enabled:
+        def after(stepped: torch.optim.Optimizer, *_args: Any) -> None:
+            if stepped is optimizer and regularizer.enabled:
                 regularizer.step()
 
-        self._undo.append(optimizer.register_step_post_hook(after).remove)
+        # Hooks of one optimizer run before those of all, among which regularizers take note of steps.
+        self._undo.append(register_optimizer_step_post_hook(after).remove)
 
     def _complete_closures_of(self, optimizer: torch.optim.Optimizer) -> None:
         """Let a line search see the penalty in the loss that a closure returns, as its gradient has it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -391,7 +392,29 @@ def test_a_step_that_a_gradient_scaler_leaves_out_shrinks_nothing(step_size: flo
         scaler.update()
         optimizer.zero_grad()
         shrunk.append(not torch.equal(model[1].weight.detach(), before))
-    assert shrunk == [step_size is not None, True, False, False, True]
+    assert shrunk == [False, True, False, False, True]
+
+
+def test_a_map_that_follows_no_optimizer_says_so_once() -> None:
+    model = lenet()
+    before = copy.deepcopy(model.state_dict())
+    slim = ScaleLasso(model, weight=0.3, form="prox")
+    with pytest.warns(UserWarning, match="no torch.optim optimizer has stepped its"):
+        slim.step()
+    with warnings.catch_warnings(action="error"):
+        slim.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_the_optimizer_does_not_have_are_not_shrunk() -> None:
+    model = lenet()
+    optimizer = torch.optim.SGD(model[9].parameters(), lr=0.5)
+    lasso = SparseGroupLasso(model, weight=0.05, sparse=None, form="prox")
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    lasso.step()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["9.weight"]
 
 
 def test_a_proximal_map_shows_nan_too() -> None:

@@ -63,6 +63,7 @@ MODES = [
     *(f"{kind} fsdp2 loss" for kind in ("out-l0", "coupled-l1_l2", "out-in", "slimming")),
     "out-in ddp micro",
     "stress-channel ddp micro",
+    *(f"coupled-prox {wrap} scaler" for wrap in WRAPS),
 ]
 
 
@@ -94,7 +95,8 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     wrapped = wrap(model, how if world > 1 else "")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     micro = 2 if "micro" in more else 1
-    for _ in range(STEPS):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled="scaler" in more)
+    for step in range(STEPS):
         optimizer.zero_grad()
         for index in range(micro):
             a, b = (part_of(each, index, micro, rank, world) for each in data())
@@ -102,11 +104,14 @@ def train(mode: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
             regularizer.before_forward()
             with alone:
                 loss = nn.functional.cross_entropy(wrapped(a), b) / micro
-                (loss + regularizer.loss() if "loss" in more else loss).backward()
+                loss = loss * float("inf") if step in (0, 2) and scaler.is_enabled() else loss
+                scaler.scale(loss + regularizer.loss() if "loss" in more else loss).backward()
             regularizer.after_backward()
         if "loss" not in more:
+            scaler.unscale_(optimizer)
             regularizer.add_gradients_()
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         regularizer.step()
     result = {f"term {name}": value for name, value in regularizer.terms().items()}
     result["loss"] = regularizer.loss().detach()
