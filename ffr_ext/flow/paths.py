@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..compiled import to_leave_graph
 from .taps import Slot
 
 _CHECKPOINT_ADVICE = (
@@ -70,13 +71,14 @@ class Path:
 
         It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
         place to look: at the feature before this one, at the last layer at all of them. Nobody looks after
-        the last, so that is copied.
+        the last, so that is copied; and what is copied anyway, to leave the graph as it lies there, keeps the value that
+        it had here.
         """
         for index, version in self.traced if last else self.traced[-1:]:
             if version is not None:
                 now = _torch.traced_version(self.features[index])
                 self.overwritten.append((self.names[index], now != version))
-        feature = feature.clone() if last else feature
+        feature = to_leave_graph(feature, copied=last)
         self.traced.append((len(self.names), _torch.traced_version(feature)))
         return feature
 
