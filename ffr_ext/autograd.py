@@ -63,21 +63,13 @@ class FlowSpec(NamedTuple):
             return list(features)
         return [f for stage in self.by_stage(features) for f in align(stage, self.sums.leading)]
 
-    def traced_layouts(self, layouts: Sequence[Layout], device: torch.device) -> list[Layout]:
-        """How the features are walked in a traced graph."""
-        leading = self.sums.leading
-        stages = [compiled.walked_layouts(stage, device, leading) for stage in self.by_stage(layouts)]
-        return [layout for stage in stages for layout in stage]
-
 
 def _forward(spec: FlowSpec, save_signs: bool, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
     (squared, _leading, backend), lengths, _numels, groups = spec
-    if torch.compiler.is_compiling():
-        made = spec.traced_layouts([Layout.of(f) for f in features], features[0].device)
-        strides = [stride for layout in made for stride in layout.strides]
-        return compiled.flow_stats(features, strides, lengths, groups, squared, save_signs, backend)
     features = spec.align(features)
+    if torch.compiler.is_compiling():
+        return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
     stats, signs = compiled.empty_stats(features, lengths, groups, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
@@ -200,11 +192,10 @@ def _flow_gradients(
     device = grad_stats.device
     (squared, leading, backend), lengths, numels, groups = spec
     made: Sequence[Layout] = layouts
-    if torch.compiler.is_compiling():
-        made = spec.traced_layouts(layouts, device)
-    elif not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
+    if not all([lay.contiguous for lay in layouts]):  # noqa: C419  as in `stages.align`
         made = [lay for stage in spec.by_stage(layouts) for lay in kernel_layouts(stage, leading)]
     arguments = (
+        spec.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         grad_stats.contiguous(),  # .sum() and .mean() send stride 0
         lengths,
@@ -213,14 +204,14 @@ def _flow_gradients(
         squared,
     )
     if torch.compiler.is_compiling():
+        described = [lay for lay, want in zip(made, wanted, strict=True) if want]
         grads = compiled.flow_gradients(
-            saved if squared else [],
             *arguments,
             wanted,
-            [len(lay.shape) for lay in made],
-            [size for lay in made for size in lay.shape],
-            [stride for lay in made for stride in lay.strides],
-            [compiled.DTYPES.index(lay.dtype) for lay in made],
+            [len(lay.shape) for lay in described],
+            [size for lay in described for size in lay.shape],
+            [stride for lay in described for stride in lay.strides],
+            [compiled.DTYPES.index(lay.dtype) for lay in described],
             backend,
         )
     else:
@@ -229,7 +220,7 @@ def _flow_gradients(
             torch.empty_strided(lay.shape, lay.strides, dtype=lay.dtype, device=device) if want else nothing
             for lay, want in zip(made, wanted, strict=True)
         ]
-        ops.flow_kernels(backend).backward(spec.align(saved) if squared else [], *arguments, slots)
+        ops.flow_kernels(backend).backward(*arguments, slots)
         grads = [grad for grad, want in zip(slots, wanted, strict=True) if want]
     if padding is not None:
         grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]

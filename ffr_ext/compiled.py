@@ -1,38 +1,37 @@
-"""The loss kernels as functional ops, for graphs that are traced (torch.compile, torch.export).
+"""What a traced graph (torch.compile, torch.export) gets in the place of a call of the kernels.
 
-The kernels of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays
+With `backend="auto"` on a CPU the loss in plain operations (`DecomposedStats`): Inductor makes the sums in the loops that
+make the features, and the gradients in those that read them. Else the kernels as functional ops. Those of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays
 functional, and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every
 gradient. An op that returns its tensors has none of that. In eager mode the extra hop through Python would only
 cost time.
-
-Inductor lays out the features of a convolutional network in channels_last, whatever strides the traced tensors have. An
-op that insists on the traced strides has every feature transposed for it, and its gradients transposed back. So these
-take features as they lie, copy those that do not lie as told, and are told what Inductor is expected to choose
-(`walked_layouts`). A wrong guess costs a copy, never a number: signs and gradients have the order that was told.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .stages import Layout, kernel_layouts
+from . import backends, ops
+from .reference import at_positions
 
 # Asked here, since Dynamo cannot trace the question.
 _CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
+DECOMPOSED = "decomposed"  # the backend of `DecomposedStats`, which no user names
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 SCHEMAS = {
-    # `strides`: of each feature (all of them, one after another) those in which it is walked.
-    "flow_stats": "(Tensor[] features, SymInt[] strides, int[] lengths, SymInt[] groups, bool squared, "
-    "bool save_signs, str backend) -> (Tensor stats, Tensor signs)",
-    # A feature is described by its rank, sizes and strides (all of them, one after another) and its dtype, an index into
-    # DTYPES: torch 2.11 hands over its own numbers for ScalarType[]. Only wanted gradients are made.
+    "flow_stats": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, bool save_signs, str backend) "
+    "-> (Tensor stats, Tensor signs)",
+    # A wanted gradient is described by its rank, its sizes and strides (all of them, one after another) and its dtype,
+    # an index into DTYPES: torch 2.11 hands over its own numbers for ScalarType[].
     "flow_gradients": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, SymInt[] groups, "
     "bool squared, bool[] wanted, int[] ranks, SymInt[] sizes, SymInt[] strides, int[] dtypes, str backend) "
     "-> Tensor[]",
@@ -54,49 +53,103 @@ def empty_stats(
     return stats, torch.empty(packed, dtype=torch.uint8, device=device)
 
 
-def _becomes_channels_last(layout: Layout, device: torch.device) -> bool:
-    """Whether Inductor is expected to lay out a feature in channels_last that is contiguous in the traced graph: images
-    on the CPU, where its convolutions want that. Which layers made the feature cannot be seen here."""
-    image = layout.contiguous and len(layout.shape) == 4
-    return image and device.type == "cpu" and _CHANNELS_LAST_CONVOLUTIONS
-
-
 def to_leave_graph(feature: Tensor, copied: bool) -> Tensor:
-    """A feature as it should leave a traced graph: outputs get the traced strides, which would transpose it. `copied`:
-    never the same tensor."""
-    if _becomes_channels_last(Layout.of(feature), feature.device):
+    """A feature as it should leave a traced graph. An output gets the traced strides, but on a CPU Inductor lays out
+    images in channels_last, as its convolutions want them: a contiguous output would be a transposed copy, and its
+    gradient would have the whole backward pass transpose. `copied`: never the same tensor."""
+    if feature.dim() == 4 and feature.device.type == "cpu" and _CHANNELS_LAST_CONVOLUTIONS:
         left = feature.contiguous(memory_format=torch.channels_last)
         if left is not feature:
             return left
     return feature.clone() if copied else feature
 
 
-def walked_layouts(layouts: Sequence[Layout], device: torch.device, leading: int) -> Sequence[Layout]:
-    """How the features of a stage are walked in a traced graph, and their gradients lie."""
-    shape = layouts[0].shape
-    if all([_becomes_channels_last(layout, device) for layout in layouts]):  # noqa: C419  as in `stages.align`
-        _batch, channels, height, width = shape
-        strides = (channels * height * width, 1, width * channels, channels)
-        return [Layout(layout.shape, strides, layout.dtype, False) for layout in layouts]
-    return kernel_layouts(layouts, leading)
+def resolve(backend: str, device: torch.device) -> str:
+    """`backends.resolve`, or DECOMPOSED where that is faster in a compiled step."""
+    if backend == "auto" and device.type == "cpu" and torch.compiler.is_compiling():
+        return DECOMPOSED
+    return backends.resolve(backend, device)
 
 
-def _as_told(features: Sequence[Tensor], strides: Sequence[int]) -> list[Tensor]:
-    """The features in these strides; those that lie so already are not copied."""
-    told, first = [], 0
-    for feature in features:
-        wanted = tuple(strides[first : first + feature.dim()])
-        first += feature.dim()
-        lies, should = Layout.of(feature), Layout(feature.shape, wanted, feature.dtype, False)
-        if lies.storage_order is None or lies.storage_order != should.storage_order:
-            feature = feature.new_empty_strided(feature.shape, wanted).copy_(feature)
-        told.append(feature)
-    return told
+class DecomposedStats(torch.autograd.Function):
+    """`DecomposedStats.apply(lengths, squared, leading, padding, *features) -> stats`: `autograd.FlowStats` in plain
+    operations, in float32 (float64 for float64 features). Saves the features, which layers save anyway."""
+
+    @staticmethod
+    def forward(
+        lengths: Sequence[int], squared: bool, leading: int, padding: Tensor | None, *features: Tensor
+    ) -> Tensor:
+        sums = []
+        for stage in _by_stage(lengths, features):
+            wide = [_widened(feature) for feature in stage]
+            first = [after - before for before, after in pairwise(wide)]
+            for d in [*first, *[after - before for before, after in pairwise(first)]]:
+                sums.append(_grouped(d.square() if squared else d.abs(), leading))
+        return torch.cat(sums).double()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        lengths, squared, leading, padding, *features = inputs
+        ctx.set_materialize_grads(False)
+        ctx.settings = lengths, squared, leading
+        ctx.save_for_backward(padding, *features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_stats is None:
+            return (None,) * len(ctx.needs_input_grad)
+        lengths, squared, leading = ctx.settings
+        padding, *features = ctx.saved_tensors
+        grads: list[Tensor] = []
+        used = 0
+        for stage in _by_stage(lengths, features):
+            entries = ops.stats_entries(len(stage), math.prod(stage[0].shape[:leading]))
+            grads += _stage_gradients(stage, grad_stats[used : used + entries], squared, leading)
+            used += entries
+        if padding is not None:
+            grads = [grad.masked_fill(at_positions(padding, grad.dim()), 0) for grad in grads]
+        wanted = ctx.needs_input_grad[4:]
+        return (None,) * 4 + tuple([g if want else None for g, want in zip(grads, wanted, strict=True)])
+
+
+def _stage_gradients(stage: Sequence[Tensor], coef: Tensor, squared: bool, leading: int) -> list[Tensor]:
+    """d loss / d features of a stage. The differences are those of the forward pass with the other sign: of the same
+    expressions the compiler would keep the forward pass's, a copy of the features."""
+    wide = [_widened(feature) for feature in stage]
+    first = [before - after for before, after in pairwise(wide)]
+    second = [after - before for before, after in pairwise(first)]
+    shape = [*stage[0].shape[:leading], *[1] * (stage[0].dim() - leading)]
+    each = coef.to(wide[0].dtype).view(len(first) + len(second), *shape).unbind()
+    slopes = [c * (2 * d if squared else d.sign()) for c, d in zip(each, [*first, *second], strict=True)]
+    bends = slopes[len(first) :]
+    for index, bend in enumerate(bends):
+        slopes[index] = slopes[index] - bend
+        slopes[index + 1] = slopes[index + 1] + bend
+    slopes = slopes[: len(first)]
+    inner = [after - before for before, after in pairwise(slopes)]
+    return [g.to(f.dtype) for g, f in zip([slopes[0], *inner, -slopes[-1]], stage, strict=True)]
+
+
+def _by_stage(lengths: Sequence[int], features: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    slices, first = [], 0
+    for length in lengths:
+        slices.append(features[first : first + length])
+        first += length
+    return slices
+
+
+def _widened(feature: Tensor) -> Tensor:
+    return feature if feature.dtype == torch.float64 else feature.float()
+
+
+def _grouped(values: Tensor, leading: int) -> Tensor:
+    """One sum for each index of the first `leading` dimensions."""
+    rest = list(range(leading, values.dim()))
+    return (values.sum(rest) if rest else values).reshape(-1)
 
 
 def _flow_stats(
     features: list[Tensor],
-    strides: list[int],
     lengths: list[int],
     groups: list[int],
     squared: bool,
@@ -104,29 +157,22 @@ def _flow_stats(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     stats, signs = empty_stats(features, lengths, groups, save_signs)
-    walked = _as_told(features, strides)
-    ops.flow_kernels(backend).forward(walked, lengths, groups, squared, stats, signs)
+    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
 def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    features, _strides, lengths, groups, _squared, save_signs, _backend = arguments
+    features, lengths, groups, _squared, save_signs, _backend = arguments
     return empty_stats(features, lengths, groups, save_signs)
 
 
 def _empty_gradients(
-    device: torch.device,
-    wanted: list[bool],
-    ranks: list[int],
-    sizes: list[int],
-    strides: list[int],
-    dtypes: list[int],
+    device: torch.device, ranks: list[int], sizes: list[int], strides: list[int], dtypes: list[int]
 ) -> list[Tensor]:
     grads, first = [], 0
-    for want, rank, dtype in zip(wanted, ranks, dtypes, strict=True):
+    for rank, dtype in zip(ranks, dtypes, strict=True):
         axes = slice(first, first + rank)
-        if want:
-            grads.append(torch.empty_strided(sizes[axes], strides[axes], dtype=DTYPES[dtype], device=device))
+        grads.append(torch.empty_strided(sizes[axes], strides[axes], dtype=DTYPES[dtype], device=device))
         first += rank
     return grads
 
@@ -146,17 +192,16 @@ def _flow_gradients(
     dtypes: list[int],
     backend: str,
 ) -> list[Tensor]:
-    grads = _empty_gradients(coef.device, wanted, ranks, sizes, strides, dtypes)
+    grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
     given, nothing = iter(grads), coef.new_empty(0)
     slots = [next(given) if want else nothing for want in wanted]
-    walked = _as_told(features, strides)
-    ops.flow_kernels(backend).backward(walked, signs, coef, lengths, numels, groups, squared, slots)
+    ops.flow_kernels(backend).backward(features, signs, coef, lengths, numels, groups, squared, slots)
     return grads
 
 
 def _flow_gradients_fake(*arguments: Any) -> list[Tensor]:
-    _features, _signs, coef, _lengths, _numels, _groups, _squared, wanted, *described, _backend = arguments
-    return _empty_gradients(coef.device, wanted, *described)
+    _features, _signs, coef, _lengths, _numels, _groups, _squared, _wanted, *described, _backend = arguments
+    return _empty_gradients(coef.device, *described)
 
 
 _library = torch.library.Library("ffr_ext", "FRAGMENT")
@@ -164,7 +209,7 @@ for _name, _run, _fake in (
     ("flow_stats", _flow_stats, _flow_stats_fake),
     ("flow_gradients", _flow_gradients, _flow_gradients_fake),
 ):
-    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.flexible_layout,))
+    _library.define(_name + SCHEMAS[_name])
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffr_ext::{_name}", _fake, lib=_library)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, reference
+from . import checks, compiled, reference
 from ._torch import transforms_active
 from .autograd import FlowProduct, FlowSpec, FlowStats
 from .options import FlowOptions
@@ -66,7 +66,7 @@ def flow_terms(
     listed = checks.feature_list(features)
     plan = _plan(listed, transition, _are_plain(listed))
     positions = _positions(mask, plan)
-    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device), positions, _stats)
+    return _terms(listed, plan, options, compiled.resolve(backend, listed[0].device), positions, _stats)
 
 
 def ffr_loss(
@@ -173,7 +173,7 @@ def penalty(
     _warn_if_without_effect(on_gradient, on_curvature, plan)
     positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
-    backend = backends.resolve(options.backend, device)
+    backend = compiled.resolve(options.backend, device)
     if (
         plain
         and positions is None
@@ -277,6 +277,10 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding:
     walked = _walked(features, stages)
     # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    if sums.backend == compiled.DECOMPOSED:
+        decomposed = compiled.DecomposedStats.apply if wanted else compiled.DecomposedStats.forward
+        lengths = tuple([stage.length for stage in stages])
+        return decomposed(lengths, sums.squared, sums.leading, padding, *walked)
     run = FlowStats.forward if tracing and not wanted else FlowStats.apply
     stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding, *walked)
     return stats

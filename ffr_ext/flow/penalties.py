@@ -97,7 +97,7 @@ def _just_in_time(path: Path) -> StatsMaker | None:
         else:
             slots.append(tap[0])
             tokens.append(tap[1])
-    return partial(collect, slots, tokens)
+    return partial(collect, slots, tokens) if tokens else None
 
 
 def _masked(path: Path) -> dict[str, Any]:
