@@ -19,9 +19,10 @@ from torch import Tensor
 
 from . import backends, ops
 from .reference import at_positions
+from .stages import Sums
 
 # Asked here, since Dynamo cannot trace the question.
-_CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()
 
 DECOMPOSED = "decomposed"  # the backend of `DecomposedStats`, which no user names
 
@@ -71,63 +72,99 @@ def resolve(backend: str, device: torch.device) -> str:
     return backends.resolve(backend, device)
 
 
+def decomposed_stats(
+    walked: Sequence[Tensor],
+    lengths: Sequence[int],
+    sums: Sums,
+    padding: Tensor | None = None,
+    known: bool = False,
+) -> Tensor:
+    """`DecomposedStats` of the features of stages of these lengths; `known`: without the first differences but the last."""
+    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in walked])  # noqa: C419  as in `stages.align`
+    # Dynamo cannot trace a node that nobody differentiates.
+    run = DecomposedStats.apply if wanted else DecomposedStats.forward
+    stats: Tensor = run(tuple(lengths), known, sums.squared, sums.leading, padding, *walked)
+    return stats
+
+
 class DecomposedStats(torch.autograd.Function):
-    """`DecomposedStats.apply(lengths, squared, leading, padding, *features) -> stats`: `autograd.FlowStats` in plain
-    operations, in float32 (float64 for float64 features). Saves the features, which layers save anyway."""
+    """`DecomposedStats.apply(lengths, known, squared, leading, padding, *features) -> stats`: `autograd.FlowStats` in
+    plain operations, in float32 (float64 for float64 features). Saves the features, which layers save anyway. `known`:
+    of each stage's first differences only the last counts."""
 
     @staticmethod
     def forward(
-        lengths: Sequence[int], squared: bool, leading: int, padding: Tensor | None, *features: Tensor
+        lengths: Sequence[int],
+        known: bool,
+        squared: bool,
+        leading: int,
+        padding: Tensor | None,
+        *features: Tensor,
     ) -> Tensor:
         sums = []
         for stage in _by_stage(lengths, features):
             wide = [_widened(feature) for feature in stage]
             first = [after - before for before, after in pairwise(wide)]
-            for d in [*first, *[after - before for before, after in pairwise(first)]]:
+            second = [after - before for before, after in pairwise(first)]
+            for d in [*(first[-1:] if known else first), *second]:
                 sums.append(_grouped(d.square() if squared else d.abs(), leading))
-        return torch.cat(sums).double()
+        return torch.cat(sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        lengths, squared, leading, padding, *features = inputs
+        lengths, known, squared, leading, padding, *features = inputs
         ctx.set_materialize_grads(False)
-        ctx.settings = lengths, squared, leading
+        ctx.settings = lengths, known, squared, leading
         ctx.save_for_backward(padding, *features)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        lengths, squared, leading = ctx.settings
+        lengths, known, squared, leading = ctx.settings
         padding, *features = ctx.saved_tensors
         grads: list[Tensor] = []
         used = 0
         for stage in _by_stage(lengths, features):
-            entries = ops.stats_entries(len(stage), math.prod(stage[0].shape[:leading]))
-            grads += _stage_gradients(stage, grad_stats[used : used + entries], squared, leading)
+            groups = math.prod(stage[0].shape[:leading])
+            entries = ops.stats_entries(len(stage), groups) - (known and len(stage) - 2) * groups
+            grads += _stage_gradients(stage, grad_stats[used : used + entries], known, squared, leading)
             used += entries
         if padding is not None:
             grads = [grad.masked_fill(at_positions(padding, grad.dim()), 0) for grad in grads]
-        wanted = ctx.needs_input_grad[4:]
-        return (None,) * 4 + tuple([g if want else None for g, want in zip(grads, wanted, strict=True)])
+        wanted = ctx.needs_input_grad[5:]
+        return (None,) * 5 + tuple([g if want else None for g, want in zip(grads, wanted, strict=True)])
 
 
-def _stage_gradients(stage: Sequence[Tensor], coef: Tensor, squared: bool, leading: int) -> list[Tensor]:
+def _stage_gradients(
+    stage: Sequence[Tensor], coef: Tensor, known: bool, squared: bool, leading: int
+) -> list[Tensor]:
     """d loss / d features of a stage. The differences are those of the forward pass with the other sign: of the same
     expressions the compiler would keep the forward pass's, a copy of the features."""
     wide = [_widened(feature) for feature in stage]
     first = [before - after for before, after in pairwise(wide)]
     second = [after - before for before, after in pairwise(first)]
+    counted = first[-1:] if known else first
     shape = [*stage[0].shape[:leading], *[1] * (stage[0].dim() - leading)]
-    each = coef.to(wide[0].dtype).view(len(first) + len(second), *shape).unbind()
-    slopes = [c * (2 * d if squared else d.sign()) for c, d in zip(each, [*first, *second], strict=True)]
-    bends = slopes[len(first) :]
-    for index, bend in enumerate(bends):
-        slopes[index] = slopes[index] - bend
-        slopes[index + 1] = slopes[index + 1] + bend
-    slopes = slopes[: len(first)]
-    inner = [after - before for before, after in pairwise(slopes)]
-    return [g.to(f.dtype) for g, f in zip([slopes[0], *inner, -slopes[-1]], stage, strict=True)]
+    each = coef.view(len(counted) + len(second), *shape).unbind()
+    slopes = [c * (2 * d if squared else d.sign()) for c, d in zip(each, [*counted, *second], strict=True)]
+    along: list[Tensor | None] = [None] * (len(first) - len(counted)) + slopes[: len(counted)]
+    for index, bend in enumerate(slopes[len(counted) :]):
+        along[index] = _minus(along[index], bend)
+        along[index + 1] = _plus(along[index + 1], bend)
+    ends = [None, *along, None]
+    return [_minus(after, before).to(f.dtype) for (before, after), f in zip(pairwise(ends), stage, strict=True)]
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
+    if b is None:
+        assert a is not None
+        return a
+    return -b if a is None else a - b
 
 
 def _by_stage(lengths: Sequence[int], features: Sequence[Tensor]) -> list[Sequence[Tensor]]:

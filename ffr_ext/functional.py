@@ -275,12 +275,10 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding:
         # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
         features = [f.view_as(f) for f in features]
     walked = _walked(features, stages)
+    if sums.backend == compiled.DECOMPOSED:
+        return compiled.decomposed_stats(walked, [stage.length for stage in stages], sums, padding)
     # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
-    if sums.backend == compiled.DECOMPOSED:
-        decomposed = compiled.DecomposedStats.apply if wanted else compiled.DecomposedStats.forward
-        lengths = tuple([stage.length for stage in stages])
-        return decomposed(lengths, sums.squared, sums.leading, padding, *walked)
     run = FlowStats.forward if tracing and not wanted else FlowStats.apply
     stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding, *walked)
     return stats
