@@ -153,7 +153,9 @@ def _stage_gradients(
         along[index] = _minus(along[index], bend)
         along[index + 1] = _plus(along[index + 1], bend)
     ends = [None, *along, None]
-    return [_minus(after, before).to(f.dtype) for (before, after), f in zip(pairwise(ends), stage, strict=True)]
+    return [
+        _minus(after, before).to(f.dtype) for (before, after), f in zip(pairwise(ends), stage, strict=True)
+    ]
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:

@@ -424,7 +424,9 @@ class FeatureFlow(BaseRegularizer):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         old = self._recorder
-        recorder = Recorder(old.output, old.capture_eval, old.tapping, len(old.streams), old.masks, old.summing)
+        recorder = Recorder(
+            old.output, old.capture_eval, old.tapping, len(old.streams), old.masks, old.summing
+        )
         state.update(_handles=[], _last_terms=None, _recorder=recorder)
         state.pop("_finalizer", None)
         return state
