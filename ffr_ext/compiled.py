@@ -1,10 +1,10 @@
 """What a traced graph (torch.compile, torch.export) gets in the place of a call of the kernels.
 
-With `backend="auto"` on a CPU the loss in plain operations (`DecomposedStats`): Inductor makes the sums in the loops that
-make the features, and the gradients in those that read them. Else the kernels as functional ops. Those of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays
-functional, and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every
-gradient. An op that returns its tensors has none of that. In eager mode the extra hop through Python would only
-cost time.
+With `backend="auto"` on a CPU that is the loss in plain operations (`DecomposedStats`): Inductor makes the sums in the
+loops that make the features, and the gradients in those that read them. Else it is the kernels as functional ops. Those
+of `ops` fill tensors the caller allocated: traced, such a call is wrapped so that the graph stays functional, and
+Inductor then merges the equal-looking empty gradients and clones them again, one copy of every gradient. An op that
+returns its tensors has none of that. In eager mode the extra hop through Python would only cost time.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def decomposed_stats(
     padding: Tensor | None = None,
     known: bool = False,
 ) -> Tensor:
-    """`DecomposedStats` of the features of stages of these lengths; `known`: without the first differences but the last."""
+    """`DecomposedStats` of the features of stages of these lengths."""
     wanted = torch.is_grad_enabled() and any([f.requires_grad for f in walked])  # noqa: C419  as in `stages.align`
     # Dynamo cannot trace a node that nobody differentiates.
     run = DecomposedStats.apply if wanted else DecomposedStats.forward

@@ -74,9 +74,9 @@ class Path:
         symbol.
 
         It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
-        place to look: at the two features before this one, at the last layer at all of them. Nobody looks after
-        the last, so that is copied; and what is copied anyway, to leave the graph as it lies there, keeps the value that
-        it had here.
+        place to look: at the two features before this one, at the last layer at all. Nobody looks after
+        the last, so that is copied; and what is copied anyway, to leave the graph as it lies there, keeps the
+        value that it had here.
         """
         for index, version in self.traced if last else self.traced[-2:]:
             if version is not None:

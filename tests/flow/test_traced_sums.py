@@ -161,7 +161,11 @@ def test_a_feature_overwritten_after_it_was_summed_is_an_error() -> None:
             return self.layers[3](self.layers[2](second + first)).sum()
 
     model = Overwrites()
-    with FeatureFlow(model, list(model.layers)) as flow:
-        with pytest.raises(RuntimeError, match=r"overwritten in place|by an inplace operation"):
+
+    def step() -> None:
+        with FeatureFlow(model, list(model.layers)) as flow:
             torch.compile(model, backend="aot_eager")(torch.randn(3, 4))
             flow.loss()
+
+    with pytest.raises(RuntimeError, match=r"overwritten in place|by an inplace operation"):
+        step()
