@@ -105,8 +105,9 @@ case "$*" in
   -c*) echo 90 ;;
   *pip*) echo "archs $FFR_EXT_CUDA_ARCHS" ;;
   *pytest*) echo "1 failed"; exit 1 ;;
-  *bench_gpu_loss*) echo "10 features, 256 MiB  float32  l1  cuda forward  95.0" ;;
+  *suites.gpu_loss*) echo "10 features, 256 MiB  float32  l1  cuda forward  95.0" ;;
   *compaction*) echo "resnet50  gather  cuda  0.0400 ms [0.0390, 0.0420]"; echo "wrote it" ;;
+  *step-compiled*) echo "resnet50x256/bfloat16/channels_last  step  ffr_loss  40.0 ms [39.0, 42.0]" ;;
   *) echo "$3 is fine" ;;
 esac
 """
@@ -151,6 +152,7 @@ def test_gpu_check_runs_its_steps(arguments: list[str], steps: list[str], tmp_pa
     assert ("archs 90" in log) == ("build" in steps)
     assert ("cuda forward  95.0" in done.stdout) == ("gpu_loss" in steps)
     assert ("gather  cuda  0.0400 ms" in done.stdout) == ("compaction" in steps)
+    assert ("ffr_loss  40.0 ms" in done.stdout) == ("compiled" in steps)
 
 
 def test_gpu_check_knows_its_steps() -> None:
