@@ -1,6 +1,6 @@
 """What a traced graph (torch.compile, torch.export) gets in the place of a call of the kernels.
 
-With `backend="auto"` on a CPU that is the loss in plain operations (`DecomposedStats`): Inductor makes the sums in the
+With `backend="auto"` on a CPU that is the loss in plain operations (`NewestSums`): Inductor makes the sums in the
 loops that make the features, and the gradients in those that read them. Else it is the kernels as functional ops. Those
 of `ops` fill tensors the caller allocated: traced, such a call is wrapped so that the graph stays functional, and
 Inductor then merges the equal-looking empty gradients and clones them again, one copy of every gradient. An op that
@@ -9,9 +9,7 @@ returns its tensors has none of that. In eager mode the extra hop through Python
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,12 +17,12 @@ from torch import Tensor
 
 from . import backends, ops
 from .reference import at_positions
-from .stages import Sums
+from .stages import Plan, Stage, Sums
 
 # Asked here, since Dynamo cannot trace the question.
 _CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()
 
-DECOMPOSED = "decomposed"  # the backend of `DecomposedStats`, which no user names
+DECOMPOSED = "decomposed"  # the backend of `NewestSums`, which no user names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,109 +70,101 @@ def resolve(backend: str, device: torch.device) -> str:
     return backends.resolve(backend, device)
 
 
-def decomposed_stats(
-    walked: Sequence[Tensor],
-    lengths: Sequence[int],
-    sums: Sums,
-    padding: Tensor | None = None,
-    known: bool = False,
+Part = tuple[
+    Tensor, ...
+]  # what a feature adds: sums of its difference, and of its second difference where it has one
+
+
+def decomposed_parts(
+    walked: Sequence[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None = None
+) -> list[Part]:
+    """What each of the walked features of stages adds. One autograd node for all of them took more kernels and more
+    compiling."""
+    parts: list[Part] = []
+    for stage in stages:
+        for index in range(stage.length):
+            last = len(parts) + 1
+            near = walked[last - min(index + 1, 3) : last]
+            parts.append(newest_sums(near, sums, padding) if index else ())
+    return parts
+
+
+def stats_of(parts: Sequence[Part], lengths: Sequence[int]) -> Tensor:
+    """The sums of stages of so many features as the kernels give them, from those that each feature adds."""
+    ordered: list[Tensor] = []
+    first = 0
+    for length in lengths:
+        stage = parts[first : first + length]
+        ordered += [part[0] for part in stage if part] + [part[1] for part in stage if len(part) > 1]
+        first += length
+    return torch.cat(ordered)
+
+
+def weighted_sum(
+    parts: Sequence[Part], plan: Plan, weights: Sequence[tuple[float | Tensor, float | Tensor]]
 ) -> Tensor:
-    """`DecomposedStats` of the features of stages of these lengths."""
-    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in walked])  # noqa: C419  as in `stages.align`
+    """The sum of what counts of each stage's differences and second differences, with its two weights. Number by
+    number: slices of a vector would have their backward pass in the inner loop of every gradient."""
+    terms: list[Tensor] = []
+    first = 0
+    for stage, (on_difference, on_bend) in zip(plan.stages, weights, strict=True):
+        for index in range(1, stage.length):
+            difference, *bends = parts[first + index]
+            if index > stage.counted_by_earlier:
+                terms.append(difference.reshape(()) * on_difference)
+            terms += [bend.reshape(()) * on_bend for bend in bends]
+        first += stage.length
+    return torch.stack(terms).sum()
+
+
+def newest_sums(near: Sequence[Tensor], sums: Sums, padding: Tensor | None = None) -> Part:
+    """`NewestSums` of a feature and the one or two before it."""
+    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in near])  # noqa: C419  as in `stages.align`
     # Dynamo cannot trace a node that nobody differentiates.
-    run = DecomposedStats.apply if wanted else DecomposedStats.forward
-    stats: Tensor = run(tuple(lengths), known, sums.squared, sums.leading, padding, *walked)
-    return stats
+    run = NewestSums.apply if wanted else NewestSums.forward
+    made: Part = run(sums.squared, sums.leading, padding, *near)
+    return made
 
 
-class DecomposedStats(torch.autograd.Function):
-    """`DecomposedStats.apply(lengths, known, squared, leading, padding, *features) -> stats`: `autograd.FlowStats` in
-    plain operations, in float32 (float64 for float64 features). Saves the features, which layers save anyway. `known`:
-    of each stage's first differences only the last counts."""
-
-    @staticmethod
-    def forward(
-        lengths: Sequence[int],
-        known: bool,
-        squared: bool,
-        leading: int,
-        padding: Tensor | None,
-        *features: Tensor,
-    ) -> Tensor:
-        sums = []
-        for stage in _by_stage(lengths, features):
-            wide = [_widened(feature) for feature in stage]
-            first = [after - before for before, after in pairwise(wide)]
-            second = [after - before for before, after in pairwise(first)]
-            for d in [*(first[-1:] if known else first), *second]:
-                sums.append(_grouped(d.square() if squared else d.abs(), leading))
-        return torch.cat(sums)
+class NewestSums(torch.autograd.Function):
+    """`NewestSums.apply(squared, leading, padding, *features) -> sums`: what the last of two or three features adds to
+    the sums of its stage, of its difference and, of three, of its second difference. Plain operations in float32
+    (float64 for float64 features); saves the features, which layers save anyway."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        lengths, known, squared, leading, padding, *features = inputs
-        ctx.set_materialize_grads(False)
-        ctx.settings = lengths, known, squared, leading
+    def forward(squared: bool, leading: int, padding: Tensor | None, *features: Tensor) -> Part:
+        *first, before, newest = [_widened(feature) for feature in features]
+        step = newest - before
+        differences = [step, *[step - (before - oldest) for oldest in first]]
+        return tuple([_grouped(d.square() if squared else d.abs(), leading) for d in differences])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Part) -> None:
+        squared, leading, padding, *features = inputs
+        ctx.settings = squared, leading
         ctx.save_for_backward(padding, *features)
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_stats is None:
-            return (None,) * len(ctx.needs_input_grad)
-        lengths, known, squared, leading = ctx.settings
+    def backward(ctx: Any, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        squared, leading = ctx.settings
         padding, *features = ctx.saved_tensors
-        grads: list[Tensor] = []
-        used = 0
-        for stage in _by_stage(lengths, features):
-            groups = math.prod(stage[0].shape[:leading])
-            entries = ops.stats_entries(len(stage), groups) - (known and len(stage) - 2) * groups
-            grads += _stage_gradients(stage, grad_stats[used : used + entries], known, squared, leading)
-            used += entries
+        *first, before, newest = [_widened(feature) for feature in features]
+        # With the other sign than in the forward pass, whose expressions the compiler would keep: copies of features.
+        step = before - newest
+        differences = [step, *[step - (oldest - before) for oldest in first]]
+        shape = [*newest.shape[:leading], *[1] * (newest.dim() - leading)]
+        coefs = [grad.view(shape) for grad in grad_sums]
+        slope, *bends = [
+            c * (2 * d if squared else d.sign()) for c, d in zip(coefs, differences, strict=True)
+        ]
+        grads = [slope, -slope]
+        for bend in bends:
+            grads = [-bend, slope + 2 * bend, -(slope + bend)]
+        grads = [grad.to(feature.dtype) for grad, feature in zip(grads, features, strict=True)]
         if padding is not None:
             grads = [grad.masked_fill(at_positions(padding, grad.dim()), 0) for grad in grads]
-        wanted = ctx.needs_input_grad[5:]
-        return (None,) * 5 + tuple([g if want else None for g, want in zip(grads, wanted, strict=True)])
-
-
-def _stage_gradients(
-    stage: Sequence[Tensor], coef: Tensor, known: bool, squared: bool, leading: int
-) -> list[Tensor]:
-    """d loss / d features of a stage. The differences are those of the forward pass with the other sign: of the same
-    expressions the compiler would keep the forward pass's, a copy of the features."""
-    wide = [_widened(feature) for feature in stage]
-    first = [before - after for before, after in pairwise(wide)]
-    second = [after - before for before, after in pairwise(first)]
-    counted = first[-1:] if known else first
-    shape = [*stage[0].shape[:leading], *[1] * (stage[0].dim() - leading)]
-    each = coef.view(len(counted) + len(second), *shape).unbind()
-    slopes = [c * (2 * d if squared else d.sign()) for c, d in zip(each, [*counted, *second], strict=True)]
-    along: list[Tensor | None] = [None] * (len(first) - len(counted)) + slopes[: len(counted)]
-    for index, bend in enumerate(slopes[len(counted) :]):
-        along[index] = _minus(along[index], bend)
-        along[index + 1] = _plus(along[index + 1], bend)
-    ends = [None, *along, None]
-    return [
-        _minus(after, before).to(f.dtype) for (before, after), f in zip(pairwise(ends), stage, strict=True)
-    ]
-
-
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
-def _minus(a: Tensor | None, b: Tensor | None) -> Tensor:
-    if b is None:
-        assert a is not None
-        return a
-    return -b if a is None else a - b
-
-
-def _by_stage(lengths: Sequence[int], features: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    slices, first = [], 0
-    for length in lengths:
-        slices.append(features[first : first + length])
-        first += length
-    return slices
+        wanted = ctx.needs_input_grad[3:]
+        return (None, None, None, *[g if want else None for g, want in zip(grads, wanted, strict=True)])
 
 
 def _widened(feature: Tensor) -> Tensor:

@@ -192,6 +192,17 @@ def penalty(
             return _assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss, terms_of_stats
+    if (
+        backend == compiled.DECOMPOSED
+        and make_stats is None
+        and positions is None
+        and not (options.angles or options.per_sample)
+        and isinstance(on_gradient, float)
+        and isinstance(on_curvature, float)
+        and all(f.device == device for f in listed)
+    ):
+        loss = _decomposed(listed, plan, options, on_gradient, on_curvature)
+        return loss.to(dtype), lambda: _terms(listed, plan, options, backend, None, _stats)
     terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
@@ -218,6 +229,18 @@ def _product(
     stats = (make_stats or _stats)(features, plan.stages, sums, None)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
     return (entries * weights).sum().to(dtype), stats.detach()
+
+
+def _decomposed(
+    features: list[Tensor], plan: Plan, options: FlowOptions, on_gradient: float, on_curvature: float
+) -> Tensor:
+    """The usual loss in plain operations, for a compiler."""
+    sums = Sums(options.squared, 0, compiled.DECOMPOSED)
+    # As in `_stats`: a view of an argument of torch.func.grad.
+    walked = _walked([f.view_as(f) for f in features], plan.stages)
+    parts = compiled.decomposed_parts(walked, plan.stages, sums)
+    divisors = [stage.divisor(options.norm, options.reduction) for stage in plan.stages]
+    return compiled.weighted_sum(parts, plan, [(on_gradient / d, on_curvature / d) for d in divisors])
 
 
 def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
@@ -276,7 +299,8 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding:
         features = [f.view_as(f) for f in features]
     walked = _walked(features, stages)
     if sums.backend == compiled.DECOMPOSED:
-        return compiled.decomposed_stats(walked, [stage.length for stage in stages], sums, padding)
+        parts = compiled.decomposed_parts(walked, stages, sums, padding)
+        return compiled.stats_of(parts, [stage.length for stage in stages])
     # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
     run = FlowStats.forward if tracing and not wanted else FlowStats.apply

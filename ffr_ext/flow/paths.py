@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch, checks
-from ..compiled import decomposed_stats, to_leave_graph
+from ..compiled import Part, newest_sums, stats_of, to_leave_graph
 from ..stages import Stage, Sums
 from .taps import Slot
 
@@ -60,7 +60,7 @@ class Path:
         self.penalty: Tensor | None = None
         self.passed = Passed()
         self.mask: Tensor | None = None
-        self.sums: list[Tensor | None] = []
+        self.sums: list[Part] = []
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -99,22 +99,16 @@ class Path:
                 break
             near.insert(0, feature)
         checks.check_one_device(len(self.features) - 1 - len(near), [*near, newest])
-        length = len(near) + 1
-        made = decomposed_stats([*near, newest], [length], sums, known=length == 3) if near else None
-        self.sums.append(made)
+        self.sums.append(newest_sums([*near, newest], sums) if near else ())
         if len(before) == 2:
             shape, dtype, device = before[0].shape, before[0].dtype, before[0].device
             self.features[-3] = torch.empty((), dtype=dtype, device=device).expand(shape)
             self.traced[-3] = (self.traced[-3][0], None)
 
-    def stats(self, stages: Sequence[Stage], leading: int) -> Tensor:
+    def stats(self, stages: Sequence[Stage]) -> Tensor:
         """The sums of these stages, as the kernels give them."""
-        parts: list[Tensor] = []
-        for stage in stages:
-            groups = stage.groups(leading)
-            made = [part for part in self.sums[stage.first : stage.first + stage.own] if part is not None]
-            parts += [part[:groups] for part in made] + [part[groups:] for part in made[1:]]
-        return torch.cat(parts)
+        parts = [part for stage in stages for part in self.sums[stage.first : stage.first + stage.own]]
+        return stats_of(parts, [stage.own for stage in stages])
 
     def outputs(self) -> str:
         """The features with their layers, for a message."""
@@ -158,7 +152,7 @@ class Path:
         return self.points or {t.grad_fn for t in self._differentiable() if t.grad_fn is not None}
 
     def _differentiable(self) -> list[Tensor]:
-        return self.features + [made for made in self.sums if made is not None]
+        return self.features + [made for part in self.sums for made in part]
 
     def release(self) -> None:
         """Let go of the features, and keep what tells which losses depend on them."""

@@ -107,9 +107,9 @@ def _just_in_time(path: Path) -> StatsMaker | None:
 
 
 def _summed(
-    path: Path, _features: list[Tensor], stages: Sequence[Stage], sums: Sums, _padding: Tensor | None
+    path: Path, _features: list[Tensor], stages: Sequence[Stage], _sums: Sums, _padding: Tensor | None
 ) -> Tensor:
-    return path.stats(stages, sums.leading)
+    return path.stats(stages)
 
 
 def sums_while_traced(options: FlowOptions) -> Sums | None:

@@ -58,13 +58,13 @@ def test_low_precision_is_summed_in_float32(norm: str, dtype: torch.dtype) -> No
         torch.testing.assert_close(got, wanted)
 
 
-def test_ties_have_gradient_zero_and_are_equal_to_the_kernels(fused: str) -> None:
+def test_ties_are_those_of_the_kernels(fused: str) -> None:
     features = [torch.randint(0, 3, (5, 7)).float().requires_grad_() for _ in range(5)]
     traced = torch.autograd.grad(torch.compile(_loss, fullgraph=True)(features), features)
     for got, wanted in zip(
         traced, torch.autograd.grad(_loss(features, backend=fused), features), strict=True
     ):
-        assert torch.equal(got, wanted)
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
