@@ -5,13 +5,13 @@
 #
 #   benchmarks/gpu_check.sh [quick | STEP ...]      quick: no benchmark, no sanitizer
 #
-# Steps: build info selftest test_gpu sanitizer gpu_loss compaction training; those named run, in this order, where time is short for all
+# Steps: build info selftest test_gpu sanitizer gpu_loss compaction training compiled; those named run, in this order, where time is short for all
 # at once. The log grows while a step runs, so that a run that is cut off leaves what it has.
 # FFR_EXT_CUDA_ARCHS: architectures to build for; default: that of the first GPU. PYTHON: the interpreter (python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-all="build info selftest test_gpu sanitizer gpu_loss compaction training"
+all="build info selftest test_gpu sanitizer gpu_loss compaction training compiled"
 wanted=${*:-$all}
 [[ $wanted == quick ]] && wanted="build info selftest test_gpu"
 for name in $wanted; do
@@ -72,11 +72,12 @@ step sanitizer sanitize
 step gpu_loss "$python" -m benchmarks.suites.gpu_loss
 step compaction "$python" -m benchmarks compaction --device cuda
 step training "$python" -m benchmarks step --device cuda
+step compiled "$python" -m benchmarks step-compiled --device cuda --only resnet50 vit-tiny
 
 echo
 [[ ! -f $logs/gpu_loss.log ]] ||
   grep -E "of copy|backward|forward|x eager|(cuda|triton|eager|compile)( graph)?$" "$logs/gpu_loss.log" | tail -n 70
-for name in compaction training; do
+for name in compaction training compiled; do
   [[ ! -f $logs/$name.log ]] || grep -E "^[a-z0-9_/]+ .* ms \[" "$logs/$name.log"
 done
 echo

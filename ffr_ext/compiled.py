@@ -1,9 +1,10 @@
-"""The loss kernels as functional ops, for graphs that are traced (torch.compile, torch.export).
+"""What a traced graph (torch.compile, torch.export) gets in the place of a call of the kernels.
 
-The kernels of `ops` fill tensors the caller allocated. Traced, such a call is wrapped so that the graph stays
-functional, and Inductor then merges the equal-looking empty gradients and clones them again: one copy of every
-gradient. An op that returns its tensors has none of that. In eager mode the extra hop through Python would only
-cost time.
+With `backend="auto"` on a CPU that is the loss in plain operations (`NewestSums`): Inductor makes the sums in the
+loops that make the features, and the gradients in those that read them. Else it is the kernels as functional ops. Those
+of `ops` fill tensors the caller allocated: traced, such a call is wrapped so that the graph stays functional, and
+Inductor then merges the equal-looking empty gradients and clones them again, one copy of every gradient. An op that
+returns its tensors has none of that. In eager mode the extra hop through Python would only cost time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
+from .reference import at_positions
+from .stages import Plan, Stage, Sums
+
+# Asked here, since Dynamo cannot trace the question.
+_CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()
+
+DECOMPOSED = "decomposed"  # the backend of `NewestSums`, which no user names
 
 Item = TypeVar("Item", Tensor, None)
 
@@ -50,6 +58,130 @@ def _empty_stats(
     firsts = itertools.accumulate(lengths[:-1], initial=0)
     entries, packed = sizes(lengths, [features[first].numel() for first in firsts], groups)
     return empty_stats(entries, packed if save_signs else 0, features[0].device)
+
+
+def to_leave_graph(feature: Tensor, copied: bool) -> Tensor:
+    """A feature as it should leave a traced graph. An output gets the traced strides, but on a CPU Inductor lays out
+    images in channels_last, as its convolutions want them: a contiguous output would be a transposed copy, and its
+    gradient would have the whole backward pass transpose. `copied`: never the same tensor."""
+    if feature.dim() == 4 and feature.device.type == "cpu" and _CHANNELS_LAST_CONVOLUTIONS:
+        left = feature.contiguous(memory_format=torch.channels_last)
+        if left is not feature:
+            return left
+    return feature.clone() if copied else feature
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """`backends.resolve`, or DECOMPOSED where that is faster in a compiled step."""
+    if backend == "auto" and device.type == "cpu" and torch.compiler.is_compiling():
+        return DECOMPOSED
+    return backends.resolve(backend, device)
+
+
+# What a feature adds: sums of its difference, and of its second difference where it has one.
+Part = tuple[Tensor, ...]
+
+
+def decomposed_parts(
+    walked: Sequence[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None = None
+) -> list[Part]:
+    """What each of the walked features of stages adds. One autograd node for all of them took more kernels and more
+    compiling."""
+    parts: list[Part] = []
+    for stage in stages:
+        for index in range(stage.length):
+            last = len(parts) + 1
+            near = walked[last - min(index + 1, 3) : last]
+            parts.append(newest_sums(near, sums, padding) if index else ())
+    return parts
+
+
+def stats_of(parts: Sequence[Part], lengths: Sequence[int]) -> Tensor:
+    """The sums of stages of so many features as the kernels give them, from those that each feature adds."""
+    ordered: list[Tensor] = []
+    first = 0
+    for length in lengths:
+        stage = parts[first : first + length]
+        ordered += [part[0] for part in stage if part] + [part[1] for part in stage if len(part) > 1]
+        first += length
+    return torch.cat(ordered)
+
+
+def weighted_sum(
+    parts: Sequence[Part], plan: Plan, weights: Sequence[tuple[float | Tensor, float | Tensor]]
+) -> Tensor:
+    """The sum of what counts of each stage's differences and second differences, with its two weights. Number by
+    number: slices of a vector would have their backward pass in the inner loop of every gradient."""
+    terms: list[Tensor] = []
+    first = 0
+    for stage, (on_difference, on_bend) in zip(plan.stages, weights, strict=True):
+        for index in range(1, stage.length):
+            difference, *bends = parts[first + index]
+            if index > stage.counted_by_earlier:
+                terms.append(difference.reshape(()) * on_difference)
+            terms += [bend.reshape(()) * on_bend for bend in bends]
+        first += stage.length
+    return torch.stack(terms).sum()
+
+
+def newest_sums(near: Sequence[Tensor], sums: Sums, padding: Tensor | None = None) -> Part:
+    """`NewestSums` of a feature and the one or two before it."""
+    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in near])  # noqa: C419  as in `stages.align`
+    # Dynamo cannot trace a node that nobody differentiates.
+    run = NewestSums.apply if wanted else NewestSums.forward
+    made: Part = run(sums.squared, sums.leading, padding, *near)
+    return made
+
+
+class NewestSums(torch.autograd.Function):
+    """`NewestSums.apply(squared, leading, padding, *features) -> sums`: what the last of two or three features adds to
+    the sums of its stage, of its difference and, of three, of its second difference. Plain operations in float32
+    (float64 for float64 features); saves the features, which layers save anyway."""
+
+    @staticmethod
+    def forward(squared: bool, leading: int, padding: Tensor | None, *features: Tensor) -> Part:
+        *first, before, newest = [_widened(feature) for feature in features]
+        step = newest - before
+        differences = [step, *[step - (before - oldest) for oldest in first]]
+        return tuple([_grouped(d.square() if squared else d.abs(), leading) for d in differences])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Part) -> None:
+        squared, leading, padding, *features = inputs
+        ctx.settings = squared, leading
+        ctx.save_for_backward(padding, *features)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        squared, leading = ctx.settings
+        padding, *features = ctx.saved_tensors
+        *first, before, newest = [_widened(feature) for feature in features]
+        # With the other sign than in the forward pass, whose expressions the compiler would keep: copies of features.
+        step = before - newest
+        differences = [step, *[step - (oldest - before) for oldest in first]]
+        shape = [*newest.shape[:leading], *[1] * (newest.dim() - leading)]
+        coefs = [grad.view(shape) for grad in grad_sums]
+        slope, *bends = [
+            c * (2 * d if squared else d.sign()) for c, d in zip(coefs, differences, strict=True)
+        ]
+        grads = [slope, -slope]
+        for bend in bends:
+            grads = [-bend, slope + 2 * bend, -(slope + bend)]
+        grads = [grad.to(feature.dtype) for grad, feature in zip(grads, features, strict=True)]
+        if padding is not None:
+            grads = [grad.masked_fill(at_positions(padding, grad.dim()), 0) for grad in grads]
+        wanted = ctx.needs_input_grad[3:]
+        return (None, None, None, *[g if want else None for g, want in zip(grads, wanted, strict=True)])
+
+
+def _widened(feature: Tensor) -> Tensor:
+    return feature if feature.dtype == torch.float64 else feature.float()
+
+
+def _grouped(values: Tensor, leading: int) -> Tensor:
+    """One sum for each index of the first `leading` dimensions."""
+    rest = list(range(leading, values.dim()))
+    return (values.sum(rest) if rest else values).reshape(-1)
 
 
 def _flow_stats(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, reference
+from . import checks, compiled, reference
 from ._torch import transforms_active
 from .autograd import FlowProduct, FlowSpec, FlowStats, Product
 from .options import FlowOptions
@@ -66,7 +66,7 @@ def flow_terms(
     listed = checks.feature_list(features)
     plan = _plan(listed, transition, _are_plain(listed))
     positions = _positions(mask, plan)
-    return _terms(listed, plan, options, backends.resolve(backend, listed[0].device), positions, _stats)
+    return _terms(listed, plan, options, compiled.resolve(backend, listed[0].device), positions, _stats)
 
 
 def ffr_loss(
@@ -173,7 +173,7 @@ def penalty(
     _warn_if_without_effect(on_gradient, on_curvature, plan)
     positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
-    backend = backends.resolve(options.backend, device)
+    backend = compiled.resolve(options.backend, device)
     if (
         plain
         and positions is None
@@ -192,6 +192,17 @@ def penalty(
             return _assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss, terms_of_stats
+    if (
+        backend == compiled.DECOMPOSED
+        and make_stats is None
+        and positions is None
+        and not (options.angles or options.per_sample)
+        and isinstance(on_gradient, float)
+        and isinstance(on_curvature, float)
+        and all(f.device == device for f in listed)
+    ):
+        loss = _decomposed(listed, plan, options, on_gradient, on_curvature)
+        return loss.to(dtype), lambda: _terms(listed, plan, options, backend, None, _stats)
     terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
@@ -218,6 +229,18 @@ def _product(
     stats = make_stats(features, plan.stages, sums, None)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
     return Product.apply(entries, weights, dtype), stats.detach()
+
+
+def _decomposed(
+    features: list[Tensor], plan: Plan, options: FlowOptions, on_gradient: float, on_curvature: float
+) -> Tensor:
+    """The usual loss in plain operations, for a compiler."""
+    sums = Sums(options.squared, 0, compiled.DECOMPOSED)
+    # As in `_stats`: a view of an argument of torch.func.grad.
+    walked = _walked([f.view_as(f) for f in features], plan.stages)
+    parts = compiled.decomposed_parts(walked, plan.stages, sums)
+    divisors = [stage.divisor(options.norm, options.reduction) for stage in plan.stages]
+    return compiled.weighted_sum(parts, plan, [(on_gradient / d, on_curvature / d) for d in divisors])
 
 
 def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
@@ -275,6 +298,9 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding:
         # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
         features = [f.view_as(f) for f in features]
     walked = _walked(features, stages)
+    if sums.backend == compiled.DECOMPOSED:
+        parts = compiled.decomposed_parts(walked, stages, sums, padding)
+        return compiled.stats_of(parts, [stage.length for stage in stages])
     # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
     run = FlowStats.forward if tracing and not wanted else FlowStats.apply

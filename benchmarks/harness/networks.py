@@ -94,6 +94,55 @@ def resnet50() -> ResNet:
     return ResNet(stem, 64, stages, 1000, stem_is_feature=False)
 
 
+class Attention(nn.Module):
+    """A pre-norm transformer block (Vaswani et al. 2017, with the norm first)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.mlp(self.norms[1](x))
+
+
+class ViT(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) with the mean over tokens. Features: the outputs of the blocks."""
+
+    def __init__(self, image: int, patch: int, width: int, depth: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((image // patch) ** 2, width))
+        self.blocks = nn.ModuleList(Attention(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    @property
+    def flow_layers(self) -> list[str]:
+        """What `FeatureFlow` captures to see the same features."""
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            x = block(x)
+            if features is not None:
+                features.append(x)
+        return self.head(self.norm(x).mean(1))
+
+
+Network = ResNet | ViT
+
+
+def vit_tiny() -> ViT:
+    """For 32x32 images: 12 blocks of width 192 with 3 heads on 64 tokens."""
+    return ViT(32, 4, 192, 12, 3, 10)
+
+
 def images(batch: int, size: int, classes: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Random images and labels: what they show makes no difference to the time."""
     generator = torch.Generator(device).manual_seed(0)

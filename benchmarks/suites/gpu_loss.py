@@ -9,6 +9,8 @@ for L features of N elements of s bytes (`must_move`; what else moves, such as t
     backward, l1    (L - 1) N / 2 read + L N s written
     forward, l2     L N s read
     backward, l2    L N s read + L N s written
+    backward_at     as FeatureFlow calls it, feature by feature and onto gradients that are there: 2 L N s, and
+                    (3 L - 4) N / 2 read for l1 (each plane by three features), (5 L - 6) N s for l2
 
 Times are medians over rounds in which everything that is compared runs in turn. Large stages are far beyond
 the L2 cache; small ones are in it, as they are when a training step has just made them. `graph`: replays of a
@@ -71,10 +73,12 @@ def resnet_cifar(batch: int, dtype: torch.dtype) -> Setting:
 
 def settings(smoke: bool, full: bool) -> list[Setting]:
     if smoke:
-        return [large(1, torch.float32), resnet_cifar(2, torch.bfloat16)]
+        return [large(1, torch.float32), large(1, torch.float32, length=3), resnet_cifar(2, torch.bfloat16)]
     dtypes = (torch.float32, torch.bfloat16)
     result = [large(megabytes, dtype) for dtype in dtypes for megabytes in (256, 1024)]
-    result += [large(1024, dtype, length=64)._replace(whole=full) for dtype in dtypes]
+    result += [
+        large(1024, dtype, length)._replace(whole=full) for dtype in dtypes for length in (3, 4, 8, 9, 64)
+    ]
     result += [resnet_cifar(batch, torch.float32) for batch in (1, 8, 32, 128, 512)]
     result += [
         resnet_cifar(batch, torch.bfloat16)._replace(whole=full or batch == 128)
@@ -86,12 +90,15 @@ def settings(smoke: bool, full: bool) -> list[Setting]:
 def must_move(setting: Setting, kernel: str, norm: str) -> int:
     total = 0
     for stage in setting.stages:
-        features = stage.length * stage.numel * setting.dtype.itemsize
-        signs = (stage.length - 1) * ((stage.numel + 31) // 32 * 16)
-        if norm == "l1":
-            total += features + signs
+        length, feature = stage.length, stage.numel * setting.dtype.itemsize
+        plane = (stage.numel + 31) // 32 * 16
+        if kernel == "backward_at":
+            read = (3 * length - 4) * plane if norm == "l1" else (5 * length - 6) * feature
+            total += read + 2 * length * feature
+        elif norm == "l1":
+            total += length * feature + (length - 1) * plane
         else:
-            total += features if kernel == "forward" else 2 * features
+            total += length * feature * (1 if kernel == "forward" else 2)
     return total
 
 
@@ -156,8 +163,8 @@ def make_features(setting: Setting, device: str) -> list[Tensor]:
 
 
 def kernel_runs(setting: Setting, features: list[Tensor], norm: str, backend: str) -> dict[str, Run]:
-    """The two ops alone, as autograd calls them."""
-    forward, backward, _ = ops.flow_kernels(backend)
+    """The ops alone, as autograd calls them."""
+    forward, backward, backward_at = ops.flow_kernels(backend)
     squared = norm != "l1"
     device = features[0].device
     lengths = [s.length for s in setting.stages]
@@ -170,11 +177,27 @@ def kernel_runs(setting: Setting, features: list[Tensor], norm: str, backend: st
     signs = torch.empty(sign_bytes, dtype=torch.uint8, device=device)
     coef = torch.rand(entries, dtype=torch.float64, device=device)
     plain = [f.detach() for f in features]
-    grads = [torch.empty_like(f) for f in plain]
+    grads = [torch.zeros_like(f) for f in plain]
     read = plain if squared else []
+
+    def one_by_one() -> None:
+        first = entry = plane_start = 0
+        for stage, size in zip(setting.stages, plane, strict=True):
+            length, last = stage.length, first + stage.length
+            used, saved = (
+                coef[entry : entry + 2 * length - 3],
+                signs[plane_start : plane_start + (length - 1) * size],
+            )
+            for index in range(length)[::-1]:
+                near = plain[first:last] if squared else []
+                grad = grads[first + index]
+                backward_at(near, saved, used, length, stage.numel, 1, squared, index, grad, True)
+            first, entry, plane_start = last, entry + 2 * length - 3, plane_start + (length - 1) * size
+
     return {
         "forward": lambda: forward(plain, lengths, groups, squared, stats, signs),
         "backward": lambda: backward(read, signs, coef, lengths, numels, groups, squared, grads),
+        "backward_at": one_by_one,
     }
 
 

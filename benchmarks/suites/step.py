@@ -34,7 +34,7 @@ class StepCase:
     network: str
     batch: int
     image: int
-    build: Callable[[], networks.ResNet]
+    build: Callable[[], networks.Network]
     classes: int
     autocast: torch.dtype | None = None
     channels_last: bool = False

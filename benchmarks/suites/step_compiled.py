@@ -21,7 +21,15 @@ from ffr_ext import FeatureFlow, ffr_loss, reference
 
 from ..harness import networks
 from ..harness.measure import Effort, Options, Row, summarise
-from .step import PLAIN, TINY, WEIGHT, StepCase, cases
+from . import step
+from .step import PLAIN, TINY, WEIGHT, StepCase
+
+
+def cases(device: torch.device | str) -> list[StepCase]:
+    """Those of the eager step, and a ViT on images of CIFAR's size."""
+    vit = StepCase("vit-tiny", 32, 32, networks.vit_tiny, 10)
+    return [*step.cases(device), vit]
+
 
 PROVIDERS = (PLAIN, "formula", "ffr_loss", "FeatureFlow")
 
@@ -84,7 +92,7 @@ class CompiledStep:
 
 
 def _loss_of(
-    model: networks.ResNet, penalty: Callable[[list[Tensor]], Tensor] | None
+    model: networks.Network, penalty: Callable[[list[Tensor]], Tensor] | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     def plain(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)

@@ -22,7 +22,16 @@ from .layers import LayerSpec, select_streams
 from .masks import MaskSelector, mask_selectors
 from .outputs import OutputSelector, output_selector
 from .paths import Path, reached
-from .penalties import Weight, continuous, penalty_of, per_term, terms_of, times, total_of
+from .penalties import (
+    Weight,
+    continuous,
+    penalty_of,
+    per_term,
+    sums_while_traced,
+    terms_of,
+    times,
+    total_of,
+)
 from .recorder import Recorder, State, watch_calls, watch_layers
 
 if TYPE_CHECKING:
@@ -133,6 +142,7 @@ class FeatureFlow(BaseRegularizer):
             tapping=backend != "reference",
             streams=len(self._streams),
             masks=mask_selectors(mask, len(self._streams)),
+            summing=sums_while_traced(self.options),
         )
         self._handles: list[RemovableHandle] = []
         self._watches_inner_calls = False
@@ -414,7 +424,9 @@ class FeatureFlow(BaseRegularizer):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         old = self._recorder
-        recorder = Recorder(old.output, old.capture_eval, old.tapping, len(old.streams), old.masks)
+        recorder = Recorder(
+            old.output, old.capture_eval, old.tapping, len(old.streams), old.masks, old.summing
+        )
         state.update(_handles=[], _last_terms=None, _recorder=recorder)
         state.pop("_finalizer", None)
         return state

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _torch, checks
+from ..compiled import Part, newest_sums, stats_of, to_leave_graph
+from ..stages import Stage, Sums
 from .taps import Slot
 
 _CHECKPOINT_ADVICE = (
@@ -35,6 +37,8 @@ class Path:
         penalty: what was built of it and others for a backward pass.
         passed: tells whether a backward pass went through it.
         mask: which positions count, where padding does not.
+        sums: for each feature of a traced call what differences with those before it add to the sums of its stage, made
+            in its graph; features that no later one needs are then without values.
     """
 
     def __init__(self, stream: int = 0, earlier: Path | None = None, outside: bool = False) -> None:
@@ -56,6 +60,7 @@ class Path:
         self.penalty: Tensor | None = None
         self.passed = Passed()
         self.mask: Tensor | None = None
+        self.sums: list[Part] = []
 
     def chain(self) -> list[Path]:
         """The paths of the pass up to this one."""
@@ -69,16 +74,41 @@ class Path:
         symbol.
 
         It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
-        place to look: at the feature before this one, at the last layer at all of them. Nobody looks after
-        the last, so that is copied.
+        place to look: at the two features before this one, at the last layer at all. Nobody looks after
+        the last, so that is copied; and what is copied anyway, to leave the graph as it lies there, keeps the
+        value that it had here.
         """
-        for index, version in self.traced if last else self.traced[-1:]:
+        for index, version in self.traced if last else self.traced[-2:]:
             if version is not None:
                 now = _torch.traced_version(self.features[index])
                 self.overwritten.append((self.names[index], now != version))
-        feature = feature.clone() if last else feature
+        feature = to_leave_graph(feature, copied=last)
         self.traced.append((len(self.names), _torch.traced_version(feature)))
         return feature
+
+    def sum_while_traced(self, sums: Sums) -> None:
+        """Sum what the newest feature adds, in the graph that made it. As outputs of the graph all features would be
+        written once more, and their gradients written and read; sums become part of the loops that make features and of
+        those that read them."""
+        *before, newest = self.features[-3:]
+        if len(self.sums) < len(self.features) - 1 or (not self.sums and newest.device.type != "cpu"):
+            return
+        near: list[Tensor] = []
+        for feature in before[::-1]:
+            if feature.shape != newest.shape:
+                break
+            near.insert(0, feature)
+        checks.check_one_device(len(self.features) - 1 - len(near), [*near, newest])
+        self.sums.append(newest_sums([*near, newest], sums) if near else ())
+        if len(before) == 2:
+            shape, dtype, device = before[0].shape, before[0].dtype, before[0].device
+            self.features[-3] = torch.empty((), dtype=dtype, device=device).expand(shape)
+            self.traced[-3] = (self.traced[-3][0], None)
+
+    def stats(self, stages: Sequence[Stage]) -> Tensor:
+        """The sums of these stages, as the kernels give them."""
+        parts = [part for stage in stages for part in self.sums[stage.first : stage.first + stage.own]]
+        return stats_of(parts, [stage.own for stage in stages])
 
     def outputs(self) -> str:
         """The features with their layers, for a message."""
@@ -115,16 +145,19 @@ class Path:
 
     def requires_grad(self) -> bool:
         """Whether any feature does, or did before it was let go."""
-        return bool(self.points) or any(feature.requires_grad for feature in self.features)
+        return bool(self.points) or any(tensor.requires_grad for tensor in self._differentiable())
 
     def nodes(self) -> set[Any]:
         """The nodes of autograd's graph that made the features: a loss whose graph has one of them depends on it."""
-        return self.points or {f.grad_fn for f in self.features if f.grad_fn is not None}
+        return self.points or {t.grad_fn for t in self._differentiable() if t.grad_fn is not None}
+
+    def _differentiable(self) -> list[Tensor]:
+        return self.features + [made for part in self.sums for made in part]
 
     def release(self) -> None:
         """Let go of the features, and keep what tells which losses depend on them."""
         self.points = self.nodes()
-        self.features, self.taps, self.versions = [], [], []
+        self.features, self.taps, self.versions, self.sums = [], [], [], []
 
 
 class Passed:
@@ -170,13 +203,15 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
         return paths
     results: list[Path] = []
     for path in paths:
-        same_mask = bool(results) and results[-1].mask is path.mask
-        if same_mask and path.stream not in results[-1].streams and not apart(results[-1], path):
+        alike = bool(results) and results[-1].mask is path.mask
+        alike = alike and bool(results[-1].sums) == bool(path.sums)
+        if alike and path.stream not in results[-1].streams and not apart(results[-1], path):
             last = results[-1]
             last.streams.add(path.stream)
             last.names += path.names
             last.features += path.features
             last.taps += path.taps
+            last.sums += path.sums
         else:
             results.append(_part(path, slice(None)))
     return results
@@ -184,7 +219,7 @@ def joined(paths: Iterable[Path], apart: Callable[[Path, Path], bool]) -> list[P
 
 def _part(path: Path, part: slice) -> Path:
     result = Path(path.stream, outside=path.outside)
-    result.mask = path.mask
+    result.mask, result.sums = path.mask, path.sums[part]
     result.names, result.features, result.taps = path.names[part], path.features[part], path.taps[part]
     return result
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compiled
 from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
 from ..options import FlowOptions
-from ..stages import make_plan
+from ..stages import Stage, Sums, make_plan
 from .paths import Path, independent, joined
 from .taps import collect
 
@@ -43,8 +44,11 @@ def penalty_of(
 
 def terms_of(paths: Iterable[Path], options: FlowOptions) -> FlowTerms:
     """The terms of paths of which no loss was built."""
-    terms = []
+    terms: list[Callable[[], FlowTerms]] = []
     for path in paths:
+        if path.sums:
+            terms.append(penalty(path.features, options, 1.0, 1.0, make_stats=partial(_summed, path))[1])
+            continue
         keywords: dict[str, Any] = {**asdict(options), **_masked(path)}
         terms.append(partial(flow_terms, [feature.detach() for feature in path.features], **keywords))
     return _one_after_another(terms)
@@ -87,11 +91,27 @@ def _weights(
 def _just_in_time(path: Path) -> StatsMaker | None:
     """How the sums of a path are made if each feature gets its gradient by itself; None for one node for all
     features, as in ``ffr_loss``."""
+    if path.sums:
+        return partial(_summed, path)
     taps = path.taps
     if any([tap is None and f.requires_grad for f, tap in zip(path.features, taps, strict=True)]):  # noqa: C419
         return None
     slots = [None if tap is None else tap[0] for tap in taps]
     return partial(collect, slots, [tap[1] for tap in taps if tap is not None])
+
+
+def _summed(
+    path: Path, _features: list[Tensor], stages: Sequence[Stage], _sums: Sums, _padding: Tensor | None
+) -> Tensor:
+    return path.stats(stages)
+
+
+def sums_while_traced(options: FlowOptions) -> Sums | None:
+    """What is summed of the features of a traced call right where they are made; None where that would not give all
+    terms: angles beside absolute values, or features that are mapped to the next stage."""
+    if options.backend != "auto" or options.transition == "pool" or (options.angles and not options.squared):
+        return None
+    return Sums(options.squared, int(options.per_sample or options.angles), compiled.DECOMPOSED)
 
 
 def _masked(path: Path) -> dict[str, Any]:

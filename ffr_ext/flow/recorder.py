@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._torch import version
+from ..stages import Sums
 from .masks import Call, MaskSelector, positional
 from .outputs import OutputSelector, select
 from .paths import Path, inside_backward, quoted
@@ -73,12 +74,14 @@ class Recorder:
         tapping: bool = True,
         streams: int = 1,
         masks: Sequence[MaskSelector | None] = (),
+        summing: Sums | None = None,
     ) -> None:
         self.output = output
         self.capture_eval = capture_eval
         self.tapping = tapping
         self.enabled = True
         self.masks = tuple(masks)  # for each stream, where the padding mask of a call comes from
+        self.summing = summing  # what is summed of traced features, instead of keeping them
         self.ever = False  # whether any layer's hook was ever called
         self.streams = [Stream() for _ in range(streams)]
         self.clear()
@@ -232,6 +235,8 @@ class Recorder:
         path.versions.append(None if compiling else version(feature))
         path.names.append(name)
         path.features.append(feature)
+        if self.summing is not None and path.mask is None and (compiling or path.sums):
+            path.sum_while_traced(self.summing)
         path.taps.append(tap(feature) if self.tapping and not compiling and can_tap(feature) else None)
         if not feature.requires_grad and not self.capture_eval and not torch.is_grad_enabled():
             path.without_autograd.append(name)

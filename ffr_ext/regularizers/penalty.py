@@ -113,9 +113,9 @@ class GroupPenalty(BaseRegularizer):
         """With ``form="prox"``: shrink every group by its threshold, to exact zeros where that is its norm or more.
 
         A weight that is in two groups (the filter of one channel and what another is read by) is multiplied by the
-        factors of both. What its optimizer has not moved since the last call stays: a ``GradScaler`` leaves steps out, fused
-        optimizers' too. Before the first step of any optimizer that can be seen from gradients that are not finite
-        alone, so call this before gradients are zeroed.
+        factors of both. What its optimizer has not moved since the last call stays: a ``GradScaler`` leaves steps out,
+        those of fused optimizers too. Before the first step of any optimizer that can be seen from gradients that are
+        not finite alone, so call this before gradients are zeroed.
         """
         if not self.active or self.form != "prox":
             return

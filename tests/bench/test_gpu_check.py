@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -53,11 +54,33 @@ def test_gpu_benchmark_keeps_what_it_has(
     record = json.loads((tmp_path / "gpu_loss.json").read_text())
     assert record["environment"]["commit"] == "unknown"
     measured = [(row["setting"], row["norm"], row["what"], row["provider"]) for row in record["rows"]]
-    kernels = [("l1", "forward", "cpu"), ("l1", "backward", "cpu")]
-    assert measured[:2] == [("batch 1", *kernel) for kernel in kernels]
-    assert measured[2:4] == [("batch 2", *kernel) for kernel in kernels]
+    kernels = [("l1", kernel, "cpu") for kernel in ("forward", "backward", "backward_at")]
+    assert measured[:3] == [("batch 1", *kernel) for kernel in kernels]
+    assert measured[3:6] == [("batch 2", *kernel) for kernel in kernels]
     assert ("batch 2", "l2_squared", "loss and gradients", "torch.compile") in measured
     assert len((tmp_path / "gpu_loss.csv").read_text().splitlines()) == 1 + len(measured)
+
+
+def test_bytes_of_gradients_one_by_one() -> None:
+    """4 features of 64 elements: 8 planes of 32 bytes are read for l1, 14 features for l2; gradients are added to."""
+    setting = bench_gpu_loss.Setting("", [bench_gpu_loss.Stage(4, 64)], torch.float32, 1)
+    assert bench_gpu_loss.must_move(setting, "backward_at", "l1") == 8 * 32 + 8 * 256
+    assert bench_gpu_loss.must_move(setting, "backward_at", "l2_squared") == 14 * 256 + 8 * 256
+
+
+def test_gradients_one_by_one_add_up_to_those_of_all(fused: str) -> None:
+    setting = bench_gpu_loss.Setting("", [bench_gpu_loss.Stage(n, 70) for n in (4, 3)], torch.float32, 1)
+    features = bench_gpu_loss.make_features(setting, "cpu")
+    for norm in ("l1", "l2_squared"):
+        torch.manual_seed(0)
+        runs = bench_gpu_loss.kernel_runs(setting, features, norm, fused)
+        runs["forward"]()
+        runs["backward"]()
+        grads = inspect.getclosurevars(runs["backward"]).nonlocals["grads"]
+        once = [grad.clone() for grad in grads]
+        runs["backward_at"]()
+        for grad, first in zip(grads, once, strict=True):
+            torch.testing.assert_close(grad, 2 * first)
 
 
 def test_gpu_benchmark_compiles_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +105,9 @@ case "$*" in
   -c*) echo 90 ;;
   *pip*) echo "archs $FFR_EXT_CUDA_ARCHS" ;;
   *pytest*) echo "1 failed"; exit 1 ;;
-  *bench_gpu_loss*) echo "10 features, 256 MiB  float32  l1  cuda forward  95.0" ;;
+  *suites.gpu_loss*) echo "10 features, 256 MiB  float32  l1  cuda forward  95.0" ;;
   *compaction*) echo "resnet50  gather  cuda  0.0400 ms [0.0390, 0.0420]"; echo "wrote it" ;;
+  *step-compiled*) echo "resnet50x256/bfloat16/channels_last  step  ffr_loss  40.0 ms [39.0, 42.0]" ;;
   *) echo "$3 is fine" ;;
 esac
 """
@@ -94,7 +118,17 @@ esac
     [
         (
             [],
-            ["build", "info", "selftest", "test_gpu", "sanitizer", "gpu_loss", "compaction", "training"],
+            [
+                "build",
+                "info",
+                "selftest",
+                "test_gpu",
+                "sanitizer",
+                "gpu_loss",
+                "compaction",
+                "training",
+                "compiled",
+            ],
         ),
         (["quick"], ["build", "info", "selftest", "test_gpu"]),
         (["gpu_loss", "info"], ["info", "gpu_loss"]),
@@ -118,6 +152,7 @@ def test_gpu_check_runs_its_steps(arguments: list[str], steps: list[str], tmp_pa
     assert ("archs 90" in log) == ("build" in steps)
     assert ("cuda forward  95.0" in done.stdout) == ("gpu_loss" in steps)
     assert ("gather  cuda  0.0400 ms" in done.stdout) == ("compaction" in steps)
+    assert ("ffr_loss  40.0 ms" in done.stdout) == ("compiled" in steps)
 
 
 def test_gpu_check_knows_its_steps() -> None:
