@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lenet_double import X, Y, lenet
 from pruning_models import Residual
 from torch import Tensor, nn
 
-from ffr_ext.regularizers import OutInChannelLasso, Regularizer, ScaleLasso, SparseGroupLasso, prox
+from ffr_ext.regularizers import OutInChannelLasso, Regularizer, ScaleLasso, SparseGroupLasso
 from ffr_ext.regularizers.prox import envelope
-
-X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-Y = torch.tensor([0, 1])
-
-
-def lenet() -> nn.Module:
-    """Two convolutions and two linear layers behind a flatten, with scales that are not 1."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 4),
-    ).double()  # fmt: skip
-    with torch.no_grad():
-        model[1].weight.uniform_(-1, 1)
-    return model
 
 
 def norm(*parts: Tensor) -> Tensor:
@@ -294,140 +280,6 @@ def test_channels_that_an_addition_couples_are_one_group() -> None:
     assert list(with_stream.terms()) == ["stem.0", "blocks.0.conv1", "blocks.1.conv1"]
 
 
-# --- the proximal form ----------------------------------------------------------------------------------
-
-
-def test_slimming_by_proximal_map_is_a_soft_threshold() -> None:
-    model = lenet()
-    gamma = model[1].weight.detach().clone()
-    slim = ScaleLasso(model, weight=0.3, form="prox", step_size=1.0)
-    slim.add_gradients_()
-    assert model[1].weight.grad is None
-    assert float(slim.loss()) == 0
-    slim.step()
-    torch.testing.assert_close(model[1].weight.detach(), prox("l1", gamma, 0.3), rtol=1e-12, atol=1e-15)
-    assert torch.equal(model[1].weight == 0, gamma.abs() <= 0.3)
-
-
-@pytest.mark.parametrize("groups", ["out", "paper"])
-def test_groups_shrink_by_the_proximal_map_of_their_norm(groups: str) -> None:
-    model = lenet()
-    before = copy.deepcopy(model)
-    SparseGroupLasso(
-        model, weight=0.05, sparse=None, groups=groups, include_norm=False, form="prox", step_size=1.0
-    ).step()
-    for index in (0, 4, 7, 9):
-        old, new = before[index].weight.detach(), model[index].weight.detach()
-        if groups == "paper" and old.dim() == 2:
-            old, new = old.t(), new.t()
-        for was, now in zip(old, new, strict=True):
-            expected = prox("group", was, 0.05 * math.sqrt(was.numel()))
-            torch.testing.assert_close(now, expected, rtol=1e-12, atol=1e-15)
-            assert bool(now.any()) == bool(expected.any())
-
-
-@pytest.mark.parametrize(
-    ("make_optimizer", "size"),
-    [
-        pytest.param(lambda p: torch.optim.SGD(p, lr=0.5), 0.5, id="SGD"),
-        pytest.param(
-            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1.0, id="momentum keeps the strength"
-        ),
-        pytest.param(lambda p: torch.optim.Adam(p, lr=0.02), 0.02, id="Adam: its rate"),
-    ],
-)
-def test_thresholds_follow_the_learning_rate(make_optimizer: Callable[..., Any], size: float) -> None:
-    model = lenet()
-    slim = ScaleLasso(model, weight=0.3, form="prox")
-    fixed = ScaleLasso(model, weight=0.3, form="prox", step_size=0.01)
-    optimizer = make_optimizer(model.parameters())
-    optimizer.step()  # without gradients: nothing moves
-    gamma = model[1].weight.detach().clone()
-    slim.step()
-    torch.testing.assert_close(model[1].weight.detach(), prox("l1", gamma, 0.3 * size))
-    gamma = model[1].weight.detach().clone()
-    fixed.scale = 2.0
-    fixed.step()
-    torch.testing.assert_close(model[1].weight.detach(), prox("l1", gamma, 2 * 0.3 * 0.01))
-
-
-def test_coupled_groups_reach_exact_zeros_that_compact_takes_out() -> None:
-    from ffr_ext import compact
-
-    model = lenet()
-    lasso = SparseGroupLasso(
-        model, weight=0.02, sparse="l0", beta=0.5, groups="coupled", example_inputs=X, form="prox"
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(30):
-        optimizer.zero_grad()
-        F.cross_entropy(model(X), Y).backward()
-        lasso.add_gradients_()
-        optimizer.step()
-        lasso.step()
-    dead = int((lasso.norms() == 0).sum())
-    assert dead > 0
-    with torch.no_grad():
-        model[1].bias.clamp_(max=0)  # relu makes 0 of what is left of a dead channel
-        model[4].bias.clamp_(max=0)
-        model[7].bias.clamp_(max=0)
-    result = compact(model.eval(), X, measure=False)
-    assert result.report.parameters[1] < result.report.parameters[0]
-
-
-@pytest.mark.parametrize("step_size", [None, 0.01])
-def test_a_step_that_a_gradient_scaler_leaves_out_shrinks_nothing(step_size: float | None) -> None:
-    """The first, before any optimizer has stepped, and a later one."""
-    model = lenet()
-    slim = ScaleLasso(model, weight=0.3, form="prox", step_size=step_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    shrunk = []
-    for overflows in (True, False, True, True, False):
-        before = model[1].weight.detach().clone()
-        loss = model(X).square().mean() * (math.inf if overflows else 0.0)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        slim.step()
-        scaler.update()
-        optimizer.zero_grad()
-        shrunk.append(not torch.equal(model[1].weight.detach(), before))
-    assert shrunk == [False, True, False, False, True]
-
-
-def test_a_map_that_follows_no_optimizer_says_so_once() -> None:
-    model = lenet()
-    before = copy.deepcopy(model.state_dict())
-    slim = ScaleLasso(model, weight=0.3, form="prox")
-    with pytest.warns(UserWarning, match="no torch.optim optimizer has stepped its"):
-        slim.step()
-    with warnings.catch_warnings(action="error"):
-        slim.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_weights_that_the_optimizer_does_not_have_are_not_shrunk() -> None:
-    model = lenet()
-    optimizer = torch.optim.SGD(model[9].parameters(), lr=0.5)
-    lasso = SparseGroupLasso(model, weight=0.05, sparse=None, form="prox")
-    before = copy.deepcopy(model.state_dict())
-    optimizer.step()
-    lasso.step()
-    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert moved == ["9.weight"]
-
-
-def test_a_proximal_map_shows_nan_too() -> None:
-    model = lenet()
-    with torch.no_grad():
-        model[0].weight[2, 0, 0, 0] = math.nan
-        model[1].weight[3] = math.nan
-    ScaleLasso(model, weight=0.1, form="prox", step_size=1.0).step()
-    assert model[1].weight.isnan().tolist() == [False] * 3 + [True] + [False] * 2
-    SparseGroupLasso(model, weight=0.01, sparse=None, include_norm=False, form="prox", step_size=1.0).step()
-    assert model[0].weight.isnan().flatten(1).any(1).tolist() == [False, False, True, False, False, False]
-
-
 def test_the_default_device_does_not_matter() -> None:
     model = lenet()
     with torch.device("meta"):
@@ -497,86 +349,3 @@ def test_beta_grows_and_is_resumed() -> None:
         other.load_state_dict({"scale": 1.0})
     with pytest.raises(ValueError, match="factor: expected a number above 0"):
         other.grow(0.0)
-
-
-# --- wrong arguments -------------------------------------------------------------------------------------
-
-WRONG = [
-    (lambda m: ScaleLasso(m, weight=-1.0), ValueError, "weight: expected a number of at least 0, got -1.0"),
-    (lambda m: ScaleLasso(m, weight=math.inf), ValueError, "weight: expected a finite float"),
-    (lambda m: ScaleLasso(m, weight="1"), TypeError, "weight: expected a float"),
-    (
-        lambda m: ScaleLasso(m, weight=1.0, form="proximal"),
-        ValueError,
-        "form: expected one of 'gradient', 'prox'",
-    ),
-    (lambda m: ScaleLasso(nn.Linear(2, 2), weight=1.0), ValueError, "ScaleLasso finds nothing to regularise"),
-    (lambda m: ScaleLasso("m", weight=1.0), TypeError, "model: expected a torch.nn.Module, got str"),
-    (lambda m: SparseGroupLasso("m", weight=1.0), TypeError, "model: expected a torch.nn.Module, got str"),
-    (
-        lambda m: SparseGroupLasso(nn.ReLU(), weight=1.0),
-        ValueError,
-        "SparseGroupLasso finds nothing to regularise",
-    ),
-    (lambda m: SparseGroupLasso(m, weight=1.0, sparse="l2"), ValueError, "sparse: expected one of 'l0'"),
-    (lambda m: SparseGroupLasso(m, weight=1.0, groups="in"), ValueError, "groups: expected one of 'out'"),
-    (
-        lambda m: SparseGroupLasso(m, weight=1.0, groups="coupled"),
-        ValueError,
-        "example_inputs: groups='coupled' needs",
-    ),
-    (lambda m: SparseGroupLasso(m, weight=1.0, beta=0.0), ValueError, "beta: expected a number above 0"),
-    (lambda m: SparseGroupLasso(m, weight=1.0, a=3.0), ValueError, "a: 'l0' has no such parameter"),
-    (
-        lambda m: SparseGroupLasso(m, weight=1.0, include_norm=1),
-        TypeError,
-        "include_norm: expected True or False",
-    ),
-    (lambda m: SparseGroupLasso(nn.LazyLinear(3), weight=1.0), ValueError, "run the model once"),
-    (lambda m: OutInChannelLasso(m, X, weight=math.nan), ValueError, "weight: expected a finite float"),
-    (lambda m: OutInChannelLasso(m, X, weight=1.0, scope="outer"), ValueError, "scope: expected one of"),
-    (
-        lambda m: OutInChannelLasso(m, X, weight=1.0, separated=None),
-        TypeError,
-        "separated: expected True or False",
-    ),
-    (
-        lambda m: OutInChannelLasso(nn.Linear(8, 2).double(), X, weight=1.0),
-        ValueError,
-        "OutInChannelLasso finds nothing to regularise: no channel may leave it; 2 filters stay: an output",
-    ),
-]
-
-
-@pytest.mark.parametrize(("make", "error", "message"), WRONG, ids=[w[2][:40] for w in WRONG])
-def test_wrong_arguments_are_named(make: Make, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make(lenet())
-
-
-def test_a_gradient_that_cannot_be_added_to_is_refused_before_anything_changes() -> None:
-    model = lenet()
-    regularizer = OutInChannelLasso(model, X, weight=1.0)
-    model[7].weight.grad = torch.zeros_like(model[7].weight).to_sparse()
-    with pytest.raises(TypeError, match="expected a dense"):
-        regularizer.add_gradients_()
-    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["7.weight"]
-
-
-def test_a_model_that_was_cut_since_is_refused_before_anything_changes() -> None:
-    from ffr_ext import compact
-
-    model = Residual().eval()
-    regularizers = [
-        ScaleLasso(model, weight=1.0),
-        SparseGroupLasso(model, weight=1.0),
-        OutInChannelLasso(model, X.float(), weight=1.0),
-    ]
-    with torch.no_grad():
-        for parameter in model.blocks[0].bn1.parameters():
-            parameter[:3] = 0
-    compact(model, X.float(), inplace=True, measure=False)
-    for regularizer in regularizers:
-        with pytest.raises(ValueError, match="make them again"):
-            regularizer.add_gradients_()
-    assert all(p.grad is None for p in model.parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,13 +12,12 @@ import torch.nn.functional as F
 from flow_models import ResidualNet, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from trained_net import Net, X, Y, hugging_face_trainer
 
 from ffr_ext import FeatureFlow
 from ffr_ext.regularizers import OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 from ffr_ext.schedules import WeightSchedule
 
-X = torch.randn(16, 3, 6, 6, dtype=torch.float64)
-Y = torch.arange(16) % 4
 SCHEDULE: dict[str, Any] = {"wait": 1, "ramp": 2}
 
 KINDS: dict[str, Callable[[nn.Module], Any]] = {
@@ -31,23 +29,6 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
     "out-in": lambda m: OutInChannelLasso(m, X, weight=0.05),
     "stress": lambda m: Stress(m, X, attenuation=0.5),
 }
-
-
-class Net(nn.Module):
-    """Called with images alone it gives logits, with labels too what transformers' Trainer takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 8, 3), nn.GroupNorm(8, 8), nn.Conv2d(8, 6, 3)
-        self.head = nn.Linear(24, 4)
-        self.double()
-        with torch.no_grad():
-            self.norm.weight.uniform_(0.1, 1)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        logits = self.head(F.relu(self.conv2(F.relu(self.norm(self.conv1(x))))).flatten(1))
-        return logits if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -198,31 +179,6 @@ def test_lightning(kind: str, micro: int) -> None:
     assert_same(module.net, kind, micro)
 
 
-def hugging_face_trainer(model: nn.Module, make: Any, optimizer: Any, folder: Any, **options: Any) -> Any:
-    """Batches of 8 in order, at a learning rate that stays."""
-    transformers = pytest.importorskip("transformers")
-    from ffr_ext.trainers import FFRTrainer
-
-    examples = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
-    schedule = options.pop("ffr_schedule", None)
-    settings = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=8, report_to=[], save_strategy="no", use_cpu=True,
-        max_grad_norm=0.0, disable_tqdm=True, logging_strategy="no", **options,
-    )  # fmt: skip
-
-    class InOrder(FFRTrainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(examples)
-
-    trainer = InOrder(
-        model=model, args=settings, train_dataset=examples, optimizers=(optimizer, None),
-        ffr_regularizers=make, ffr_schedule=schedule,
-    )  # fmt: skip
-    trainer.create_scheduler = lambda *_, **__: torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, 1.0)
-    return trainer
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face(kind: str, tmp_path: Any) -> None:
     model = Net()
@@ -256,105 +212,6 @@ def test_accelerate(kind: str) -> None:
                     regularizer.step()
                     schedule.step()
     assert_same(model, kind, micro=2)
-
-
-class Overflows(Net):
-    """Its loss overflows at the first batch, so that a scaler leaves the first step out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        logits = super().forward(x)
-        if labels is None:
-            return logits
-        self.calls += 1
-        return {"loss": F.cross_entropy(logits, labels) * (float("inf") if self.calls == 1 else 1.0)}
-
-
-def in_a_plain_loop(model: nn.Module, make: Any, optimizer: Any, tmp_path: Any) -> None:
-    regularizer = make(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for x, y in zip(X.split(8), Y.split(8), strict=True):
-        optimizer.zero_grad()
-        scaler.scale(model(x, y)["loss"]).backward()
-        scaler.unscale_(optimizer)
-        regularizer.add_gradients_()
-        scaler.step(optimizer)
-        scaler.update()
-        regularizer.step()
-
-
-def in_lightning(model: nn.Module, make: Any, optimizer: Any, tmp_path: Any) -> None:
-    lightning = pytest.importorskip("lightning")
-    from lightning.pytorch.plugins.precision import MixedPrecision
-
-    from ffr_ext.trainers import FFRCallback
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            return self.net(*batch)["loss"]
-
-        def configure_optimizers(self) -> Any:
-            return optimizer
-
-    class ScalesOnly(MixedPrecision):
-        def forward_context(self) -> Any:
-            return nullcontext()
-
-    precision = ScalesOnly("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-    lightning.Trainer(
-        callbacks=[FFRCallback(regularizers=lambda m: make(m.net))], max_epochs=1, accelerator="cpu",
-        plugins=[precision], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(Module(), DataLoader(TensorDataset(X, Y), 8))  # fmt: skip
-
-
-def in_hugging_face(model: nn.Module, make: Any, optimizer: Any, tmp_path: Any) -> None:
-    trainer = hugging_face_trainer(model, make, optimizer, tmp_path, num_train_epochs=1)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer.train()
-
-
-def in_accelerate(model: nn.Module, make: Any, optimizer: Any, tmp_path: Any) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    regularizer = make(model)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(TensorDataset(X, Y), 8))
-    for x, y in loader:
-        accelerator.backward(prepared(x, y)["loss"])
-        accelerator.scaler.unscale_(optimizer.optimizer)  # unscale_gradients does it under fp16 alone
-        regularizer.add_gradients_()
-        optimizer.step()
-        regularizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("loop", [in_a_plain_loop, in_lightning, in_hugging_face, in_accelerate])
-def test_a_proximal_map_follows_every_step_but_those_a_scaler_leaves_out(
-    loop: Any, fused: bool, tmp_path: Any
-) -> None:
-    """The first batch overflows, and the second trains as if it were the first: the map acts at once, and once. Without
-    momentum, whose buffer a fused step that is left out does not fill."""
-    make = KINDS["sparse groups"]
-    model, alone = Overflows(), Net()
-    loop(model, make, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), tmp_path)
-    regularizer, optimizer = make(alone), torch.optim.SGD(alone.parameters(), lr=0.1)
-    F.cross_entropy(alone(X[8:]), Y[8:]).backward()
-    regularizer.add_gradients_()
-    optimizer.step()
-    unshrunk = alone.conv2.weight.detach().clone()
-    regularizer.step()
-    assert not torch.equal(alone.conv2.weight, unshrunk)
-    for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_step_that_the_protocol_writes_out_holds_for_penalties_of_features_and_of_weights() -> None:
