@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,10 @@ class Chain:
     def lead(self) -> int:
         """How many modules come before the first that is no activation, dropout or reshape."""
         light = (*ACTIVATIONS, *SKIPPED, *RESHAPES)
-        return sum(1 for _ in takewhile(lambda layer: isinstance(layer.module, light), self.layers))
+        for index, layer in enumerate(self.layers):  # Dynamo of torch 2.10 traces no takewhile
+            if not isinstance(layer.module, light):
+                return index
+        return len(self.layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all modules, each once."""
