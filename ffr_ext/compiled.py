@@ -126,7 +126,7 @@ def weighted_sum(
 
 def newest_sums(near: Sequence[Tensor], sums: Sums, padding: Tensor | None = None) -> Part:
     """`NewestSums` of a feature and the one or two before it."""
-    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in near])  # noqa: C419  as in `stages.align`
+    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in near])  # noqa: C419  as in `stages.Layouts.of`
     # Dynamo cannot trace a node that nobody differentiates.
     run = NewestSums.apply if wanted else NewestSums.forward
     made: Part = run(sums.squared, sums.leading, padding, *near)

@@ -201,8 +201,14 @@ def penalty(
         and isinstance(on_curvature, float)
         and all(f.device == device for f in listed)
     ):
-        loss = _decomposed(listed, plan, options, on_gradient, on_curvature)
-        return loss.to(dtype), lambda: _terms(listed, plan, options, backend, None, _stats)
+        sums = Sums(options.squared, 0, backend)
+        loss, parts = _decomposed(listed, plan, sums, options, on_gradient, on_curvature)
+
+        def terms_of_parts() -> FlowTerms:
+            rows = _split(compiled.stats_of(parts, [s.length for s in plan.stages]), plan.stages, sums)
+            return _assemble(rows, rows, plan, options, None, device, dtype)
+
+        return loss.to(dtype), terms_of_parts
     terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
@@ -232,15 +238,20 @@ def _product(
 
 
 def _decomposed(
-    features: list[Tensor], plan: Plan, options: FlowOptions, on_gradient: float, on_curvature: float
-) -> Tensor:
-    """The usual loss in plain operations, for a compiler."""
-    sums = Sums(options.squared, 0, compiled.DECOMPOSED)
+    features: list[Tensor],
+    plan: Plan,
+    sums: Sums,
+    options: FlowOptions,
+    on_gradient: float,
+    on_curvature: float,
+) -> tuple[Tensor, list[compiled.Part]]:
+    """The usual loss in plain operations, for a compiler, and the sums it is made of, detached."""
     # As in `_stats`: a view of an argument of torch.func.grad.
     walked = _walked([f.view_as(f) for f in features], plan.stages)
     parts = compiled.decomposed_parts(walked, plan.stages, sums)
     divisors = [stage.divisor(options.norm, options.reduction) for stage in plan.stages]
-    return compiled.weighted_sum(parts, plan, [(on_gradient / d, on_curvature / d) for d in divisors])
+    loss = compiled.weighted_sum(parts, plan, [(on_gradient / d, on_curvature / d) for d in divisors])
+    return loss, [tuple([p.detach() for p in part]) for part in parts]
 
 
 def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
