@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from .harness.measure import Row
 from .reporting.results import print_table
@@ -47,8 +48,8 @@ def measured_in_processes(arguments: Sequence[str], processes: int) -> list[Row]
 
 
 def merged(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """One row for each of the first run's: medians over the runs, the worst error, the samples added up, and in the
-    configuration how many processes there were and the medians of each."""
+    """One row for each of the first run's: medians over the runs, also of what the configuration measures, the worst
+    error, the samples added up, and in the configuration how many processes there were and the medians of each."""
     by_key: dict[tuple[str, str, str], list[Row]] = {}
     for run in runs:
         for row in run:
@@ -61,8 +62,15 @@ def merged(runs: Sequence[Sequence[Row]]) -> list[Row]:
         change |= {name: max(known[name]) if known[name] else None for name in WORST}
         config = {
             **same[0].config,
+            **_medians([row.config for row in same]),
             "processes": len(same),
             "ms_of_processes": [float(f"{row.ms:.4g}") for row in same],
         }
         rows.append(replace(same[0], samples=sum(row.samples for row in same), config=config, **change))
     return rows
+
+
+def _medians(configs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of the entries that are measured: settings are no floats."""
+    names = [name for name, value in configs[0].items() if isinstance(value, float)]
+    return {name: statistics.median([config[name] for config in configs if name in config]) for name in names}

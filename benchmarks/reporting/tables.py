@@ -146,6 +146,34 @@ def step_table(rows: Sequence[Line]) -> list[str]:
     return table([*columns, "of the features' bytes"], lines) if lines else []
 
 
+def compiled_step_table(rows: Sequence[Line]) -> list[str]:
+    """Compiled training steps: what each way to the penalty adds, and how long the first step takes."""
+    ways = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "none"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = {row["provider"]: row for row in rows if row["case"] == case}
+        plain = of_case.get("none")
+        if plain is None:
+            continue
+        cells = [case, milliseconds(plain["ms"])]
+        for way in ways:
+            row = of_case.get(way)
+            cells.append(f"{row['added_time_percent']:+.1f} %{_added_range(row, plain)}" if row else "")
+        first = [of_case[name]["first_step_seconds"] for name in ("none", *ways) if name in of_case]
+        lines.append([*cells, " / ".join(f"{seconds:.0f}" for seconds in first)])
+    columns = ["compiled step", "plain", *ways, f"first step of each, s (plain / {' / '.join(ways)})"]
+    return table(columns, lines) if lines else []
+
+
+def _added_range(row: Line, plain: Line) -> str:
+    """The least and the greatest added time of a process, in per cent, from the medians of each."""
+    slower, faster = row.get("ms_of_processes", ()), plain.get("ms_of_processes", ())
+    if not slower or len(slower) != len(faster):
+        return ""
+    added = [100 * (a / b - 1) for a, b in zip(slower, faster, strict=True)]
+    return f" ({min(added):+.1f} to {max(added):+.1f})"
+
+
 def compaction_table(rows: Sequence[Line]) -> list[str]:
     """Whole networks cut by `compact` and by Torch-Pruning: how long, and how far off the outputs are."""
     cut = [row for row in rows if row["mode"] == "compact"]
@@ -206,6 +234,9 @@ def readme_block(runs: Sequence[Run]) -> str:
             if "loss" not in benches or benches["loss"][0]["commit"] != header["commit"]:
                 parts += [machine_line(header), ""]
             parts += [*step_table(rows), ""]
+        if "step-compiled" in benches:
+            header, rows = benches["step-compiled"]
+            parts += [machine_line(header), "", *compiled_step_table(rows), ""]
         if "compaction" in benches:
             header, rows = benches["compaction"]
             parts += [machine_line(header), "", *compaction_table(rows), ""]

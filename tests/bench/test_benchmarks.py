@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_runs_in_processes_of_their_own_are_merged_into_medians() -> None:
     assert eager.config["ms_of_processes"] == [5.0, 2.0, 3.0]
     assert report.of_processes(harness.as_dict(eager), harness.as_dict(ours)) == " (2.0 to 5.0)"
     assert report.of_processes(harness.as_dict(row()), harness.as_dict(row())) == ""
+
+
+def test_what_a_configuration_measures_is_merged_too() -> None:
+    added = (30.0, 10.0, 20.0)
+    (merged,) = processes.merged([[row(config={"batch": 4, "added_time_percent": a})] for a in added])
+    assert (merged.config["batch"], merged.config["added_time_percent"]) == (4, 20.0)
+
+
+def test_the_table_of_compiled_steps_tells_added_time_with_its_range_and_the_first_step() -> None:
+    def step(provider: str, ms: tuple[float, float], added: float, first: float) -> dict[str, Any]:
+        config = {"added_time_percent": added, "first_step_seconds": first, "ms_of_processes": list(ms)}
+        made = row(provider=provider, case="resnet20x32", mode="step", ms=ms[0], config=config)
+        return harness.as_dict(made)
+
+    lines = report.compiled_step_table([
+        step("none", (100.0, 200.0), 0.0, 40.0), step("ffr_loss", (104.0, 202.0), 2.5, 50.0),
+    ])  # fmt: skip
+    assert lines[-1] == "| resnet20x32 | 100 ms | +2.5 % (+1.0 to +4.0) | 40 / 50 |"
+    assert report.compiled_step_table([]) == []
 
 
 def test_a_benchmark_measures_in_fresh_processes(capfd: pytest.CaptureFixture[str]) -> None:
@@ -388,3 +408,21 @@ def test_law_has_no_negative_cost() -> None:
     law = scaling_law.fit([{"ms": 1.0 - 0.01 * n, "features": n, "bytes": 1.0} for n in (2, 4, 8, 16)])
     assert law is not None
     assert law.per_feature_us == 0
+
+
+def test_the_page_about_performance_shows_the_committed_times_of_the_penalties_of_groups() -> None:
+    named = {
+        "foreach_add": "`_foreach_add_`",
+        "cpu": "norms and `add_scaled_`",
+        "eager": "formula layer by layer, no autograd",
+        "autograd": "penalty as a loss, autograd",
+        "torch-pruning": "Torch-Pruning 1.6.1, `GroupNormPruner.regularize`",
+    }
+    page = (results.ROOT / "docs" / "performance.md").read_text()
+    (rows,) = [rows for _, rows in results.read() if rows and rows[0]["bench"] == "groups"]
+    for provider, name in named.items():
+        cells = []
+        for mode in ("group lasso", "out-in"):
+            found = report.find(rows, provider=provider, mode=mode)
+            cells.append(f" {report.milliseconds(found['ms'])} " if found else " ")
+        assert f"| {name} |{'|'.join(cells)}|\n" in page
