@@ -70,7 +70,11 @@ def merged(runs: Sequence[Sequence[Row]]) -> list[Row]:
     return rows
 
 
-def _medians(configs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of the entries that are measured: settings are no floats."""
+def _medians(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the entries that are measured (settings are no floats), and those of each process."""
     names = [name for name, value in configs[0].items() if isinstance(value, float)]
-    return {name: statistics.median([config[name] for config in configs if name in config]) for name in names}
+    measured = {name: [config[name] for config in configs] for name in names}
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    return medians | {
+        f"{name}_of_processes": [float(f"{v:.4g}") for v in values] for name, values in measured.items()
+    }

@@ -137,7 +137,7 @@ def step_table(rows: Sequence[Line]) -> list[str]:
                 [
                     f"{case}, {NAMES.get(row['provider'], row['provider'])}",
                     milliseconds(plain["ms"]),
-                    f"{row['added_time_percent']:+.1f} %",
+                    added_time(row),
                     f"{row['added_peak_percent']:+.1f} %",
                     f"{row['added_peak_of_features_percent']:.0f} %",
                 ]
@@ -158,20 +158,18 @@ def compiled_step_table(rows: Sequence[Line]) -> list[str]:
         cells = [case, milliseconds(plain["ms"])]
         for way in ways:
             row = of_case.get(way)
-            cells.append(f"{row['added_time_percent']:+.1f} %{_added_range(row, plain)}" if row else "")
+            cells.append(added_time(row) if row else "")
         first = [of_case[name]["first_step_seconds"] for name in ("none", *ways) if name in of_case]
         lines.append([*cells, " / ".join(f"{seconds:.0f}" for seconds in first)])
     columns = ["compiled step", "plain", *ways, f"first step of each, s (plain / {' / '.join(ways)})"]
     return table(columns, lines) if lines else []
 
 
-def _added_range(row: Line, plain: Line) -> str:
-    """The least and the greatest added time of a process, in per cent, from the medians of each."""
-    slower, faster = row.get("ms_of_processes", ()), plain.get("ms_of_processes", ())
-    if not slower or len(slower) != len(faster):
-        return ""
-    added = [100 * (a / b - 1) for a, b in zip(slower, faster, strict=True)]
-    return f" ({min(added):+.1f} to {max(added):+.1f})"
+def added_time(row: Line) -> str:
+    """What a step adds to the plain one, with the least and the greatest of the processes."""
+    text = f"{row['added_time_percent']:+.1f} %"
+    each = row.get("added_time_percent_of_processes", ())
+    return f"{text} ({min(each):+.1f} to {max(each):+.1f})" if each else text
 
 
 def compaction_table(rows: Sequence[Line]) -> list[str]:

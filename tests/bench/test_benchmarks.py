@@ -87,16 +87,17 @@ def test_what_a_configuration_measures_is_merged_too() -> None:
     added = (30.0, 10.0, 20.0)
     (merged,) = processes.merged([[row(config={"batch": 4, "added_time_percent": a})] for a in added])
     assert (merged.config["batch"], merged.config["added_time_percent"]) == (4, 20.0)
+    assert merged.config["added_time_percent_of_processes"] == list(added)
 
 
 def test_the_table_of_compiled_steps_tells_added_time_with_its_range_and_the_first_step() -> None:
-    def step(provider: str, ms: tuple[float, float], added: float, first: float) -> dict[str, Any]:
-        config = {"added_time_percent": added, "first_step_seconds": first, "ms_of_processes": list(ms)}
-        made = row(provider=provider, case="resnet20x32", mode="step", ms=ms[0], config=config)
-        return harness.as_dict(made)
+    def step(provider: str, ms: float, added: list[float], first: float) -> dict[str, Any]:
+        config = {"added_time_percent": added[0], "added_time_percent_of_processes": added}
+        config = {**config, "first_step_seconds": first}
+        return harness.as_dict(row(provider=provider, case="resnet20x32", mode="step", ms=ms, config=config))
 
     lines = report.compiled_step_table([
-        step("none", (100.0, 200.0), 0.0, 40.0), step("ffr_loss", (104.0, 202.0), 2.5, 50.0),
+        step("none", 100.0, [0.0, 0.0, 0.0], 40.0), step("ffr_loss", 104.0, [2.5, 1.0, 4.0], 50.0),
     ])  # fmt: skip
     assert lines[-1] == "| resnet20x32 | 100 ms | +2.5 % (+1.0 to +4.0) | 40 / 50 |"
     assert report.compiled_step_table([]) == []
