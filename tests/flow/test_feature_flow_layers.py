@@ -1,4 +1,4 @@
-"""Which layers FeatureFlow chooses: "auto", names, modules, predicates, and the errors."""
+"""Which layers FeatureFlow chooses: "auto", names, modules, predicates, and the errors; and how it describes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_models import Residual, ResidualNet
+from flow_models import Residual, ResidualNet, images
 from torch import nn
 
 from ffr_ext import FeatureFlow
@@ -264,3 +264,61 @@ def test_a_near_miss_is_suggested() -> None:
     wrapped.add_module("module", ResidualNet())
     with pytest.raises(ValueError, match=r"did you mean 'module\.stem'"):
         FeatureFlow(wrapped, ["stem"])
+
+
+def test_describe_names_layers_shapes_stages_and_terms(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = FeatureFlow(ResidualNet(3), gradient=2.0, transition="pool", norm="l2")
+    description = flow.describe(images())
+    assert description.names == flow.layers
+    assert description.shapes == [(2, 4, 8, 8)] * 3 + [(2, 4, 4, 4)] * 3
+    assert description.stages == [[0, 1, 2], [3, 4, 5]]
+    assert description.gradient == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert description.curvature == [(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5)]
+    assert description.bytes == 3 * 2 * 4 * (64 + 16) * 4
+    text = capsys.readouterr().out
+    for words in (
+        "early.0",
+        "2x4x8x8",
+        "5 gradient terms, weight 2: 0-1",
+        "4 curvature terms",
+        "norm l2",
+        "pool",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("transition", ["break", "pool"])
+def test_describe_counts_the_terms_that_the_loss_has(transition: str) -> None:
+    model = ResidualNet(3)
+    with FeatureFlow(model, backend="reference", transition=transition) as flow:
+        description = flow.describe(images())
+        model(images())
+        terms = flow.terms()
+    assert len(description.gradient) == len(terms.gradient)
+    assert len(description.curvature) == len(terms.curvature)
+
+
+def test_describe_leaves_the_model_and_a_pending_forward_as_they_were() -> None:
+    model = ResidualNet()
+    model.late.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with FeatureFlow(model, backend="reference") as flow:
+        flow.describe(images())
+        assert [m.training for m in (model, model.early, model.late)] == [True, True, False]
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name
+        model(images())
+        flow.loss()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "inputs", [(torch.ones(2, 3, 8, 8),), {"x": torch.ones(2, 3, 8, 8)}], ids=["tuple", "dict"]
+)
+def test_describe_takes_positional_and_keyword_inputs(inputs: Any) -> None:
+    assert len(FeatureFlow(ResidualNet(2)).describe(inputs).names) == 4
+
+
+def test_describe_refuses_what_it_cannot_call() -> None:
+    with pytest.raises(TypeError, match="example_inputs"):
+        FeatureFlow(ResidualNet(2)).describe("image.png")

@@ -1,4 +1,4 @@
-"""What WeightSchedule takes for a number of steps."""
+"""WeightSchedule: its factors, what it scales, how it goes on, and what it takes for a number of steps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,111 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flow_models import ResidualNet
+import torch
+from flow_models import ResidualNet, expected, images
 
 from ffr_ext import FeatureFlow
 from ffr_ext.schedules import WeightSchedule
+
+
+def factors(steps: int, **options: Any) -> list[float]:
+    schedule = WeightSchedule(FeatureFlow(ResidualNet(2)), **options)
+    values = []
+    for _ in range(steps):
+        values.append(round(schedule.factor, 6))
+        schedule.step()
+    return values
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        pytest.param({}, [1, 1, 1], id="nothing: full weight from the start"),
+        pytest.param({"wait": 2}, [0, 0, 1, 1], id="wait"),
+        pytest.param({"ramp": 4}, [0.25, 0.5, 0.75, 1, 1], id="linear ramp, up on its last step"),
+        pytest.param({"ramp": 4, "shape": "cosine"}, [0.146447, 0.5, 0.853553, 1, 1], id="cosine ramp"),
+        pytest.param({"wait": 1, "ramp": 2, "stop": 4}, [0, 0.5, 1, 1, 0, 0], id="wait, ramp, hold, stop"),
+        pytest.param({"stop": 0}, [0, 0], id="never on"),
+        pytest.param({"fall_from": 1, "stop": 5}, [1, 1, 0.75, 0.5, 0.25, 0, 0], id="linear fall"),
+        pytest.param(
+            {"ramp": 2, "fall_from": 3, "stop": 5, "shape": "cosine"},
+            [0.5, 1, 1, 1, 0.5, 0],
+            id="cosine fall",
+        ),
+        pytest.param(
+            {"ramp": 3, "fall_from": 3, "stop": 6, "shape": "exponential"},
+            [0.01, 0.1, 1, 1, 0.1, 0.01, 0],
+            id="exponential ramp and fall",
+        ),
+    ],
+)
+def test_factors(options: dict[str, Any], values: list[float]) -> None:
+    assert factors(len(values), **options) == values
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wait": -1}, "wait: expected a number of steps >= 0, got -1"),
+        ({"ramp": -2}, "ramp"),
+        ({"wait": 3, "ramp": 3, "stop": 5}, "stop: expected at least wait \\+ ramp = 6"),
+        ({"shape": "square"}, "shape"),
+        ({"fall_from": 3}, "fall_from: expected a stop= to fall to"),
+        ({"ramp": 4, "fall_from": 3, "stop": 9}, "fall_from: expected at least wait \\+ ramp = 4"),
+        ({"fall_from": 9, "stop": 9}, "fall_from: .* fewer than stop = 9, got 9"),
+    ],
+)
+def test_wrong_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        factors(1, **options)
+
+
+@pytest.mark.parametrize(
+    "weight", [3.0, [1.0, 2.0], torch.tensor([1.0, 4.0])], ids=["float", "list", "tensor"]
+)
+def test_all_forms_of_weights_are_scaled_and_stay_what_the_user_set(weight: Any) -> None:
+    model = ResidualNet(2)
+    full = expected(model, images(), backend="reference", gradient=weight, curvature=0.0)[0]
+    with FeatureFlow(model, gradient=weight, curvature=0.0, backend="reference") as flow:
+        schedule = WeightSchedule(flow, ramp=2)
+        for part in (0.5, 1.0):
+            model(images())
+            assert float(flow.loss()) == pytest.approx(part * float(full), rel=1e-5)
+            assert flow.gradient is weight
+            schedule.step()
+
+
+def test_the_loss_follows_and_a_weight_of_zero_captures_nothing() -> None:
+    model = ResidualNet()
+    full = expected(model, images(), backend="reference", gradient=2.0)[0]
+    with FeatureFlow(model, backend="reference", gradient=2.0) as flow:
+        schedule = WeightSchedule(flow, wait=1, ramp=2, stop=4)
+        seen = []
+        for _ in range(5):
+            model(images())
+            if schedule.factor:
+                seen.append(float(flow.loss().detach() / full))
+            else:
+                assert flow._recorder.features == []
+                with pytest.raises(RuntimeError, match="disabled"):
+                    flow.loss()
+            schedule.step()
+    assert seen == pytest.approx([0.5, 1, 1])
+
+
+def test_a_resumed_schedule_continues() -> None:
+    schedule = WeightSchedule(FeatureFlow(ResidualNet(2), gradient=4.0), wait=1, ramp=4)
+    for _ in range(3):
+        schedule.step()
+    flow = FeatureFlow(ResidualNet(2), gradient=4.0)
+    resumed = WeightSchedule(flow, wait=1, ramp=4)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.factor == schedule.factor == 0.75
+    assert flow.scale == 0.75
+    assert flow.gradient == 4.0
+
+
+# --- describe -------------------------------------------------------------------------------------
 
 
 def schedule(**options: Any) -> WeightSchedule:
