@@ -33,7 +33,12 @@ def small_resnet() -> networks.ResNet:
     return networks.ResNet(stem, 16, [(3, 16, 16, 1)], 10, stem_is_feature=True)
 
 
-CASE = StepCase("resnet", 4, 16, small_resnet, 10)
+def small_vit() -> networks.ViT:
+    """Four blocks of width 32 on 16 tokens."""
+    return networks.ViT(16, 4, 32, 4, 2, 10)
+
+
+CASES = (StepCase("resnet", 4, 16, small_resnet, 10), StepCase("vit", 4, 16, small_vit, 10))
 Counts = dict[str, int]
 
 # How many kernels another version of torch may need more: it fuses by rules of its own.
@@ -108,7 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="take over what is counted")
     options = parser.parse_args(arguments)
     counted: dict[str, Counts] = {}
-    counted.update(added(CASE))
+    for case in CASES:
+        counted.update(added(case))
     known = load()["budgets"] if FILE.exists() else {}
     for name, counts in counted.items():
         print(f"{name:24s} {counts}  budget {known.get(name)}")

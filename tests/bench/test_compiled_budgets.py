@@ -11,14 +11,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `benchmarks` is not part of the package
 
 from benchmarks import compiled_budgets as budgets
+from benchmarks.suites.step import StepCase
 
 
 @pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="without oneDNN convolutions stay contiguous"
 )
-def test_what_the_penalty_adds_stays_within_its_budget() -> None:
+@pytest.mark.parametrize("case", budgets.CASES, ids=lambda case: case.network)
+def test_what_the_penalty_adds_stays_within_its_budget(case: StepCase) -> None:
     content = budgets.load()
-    for name, counted in budgets.added(budgets.CASE).items():
+    for name, counted in budgets.added(case).items():
         assert not budgets.problems(name, counted, content)
 
 
