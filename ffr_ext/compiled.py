@@ -10,6 +10,7 @@ returns its tensors has none of that. In eager mode the extra hop through Python
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from .stages import Plan, Stage, Sums
 
 # Asked here, since Dynamo cannot trace the question.
 _CHANNELS_LAST_CONVOLUTIONS = torch.backends.mkldnn.is_available()
+
+# Dynamo of torch 2.10 hands a node its symbolic sizes in another order: wrong sums, or gradients of wrong shapes.
+_MIXES_SIZES = torch.__version__ < "2.11"
 
 DECOMPOSED = "decomposed"  # the backend of `NewestSums`, which no user names
 
@@ -72,8 +76,8 @@ def to_leave_graph(feature: Tensor, copied: bool) -> Tensor:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """`backends.resolve`, or DECOMPOSED where that is faster in a compiled step."""
-    if backend == "auto" and device.type == "cpu" and torch.compiler.is_compiling():
+    """`backends.resolve`, or DECOMPOSED in a traced graph where that is faster, or the kernels' node is not safe."""
+    if backend == "auto" and torch.compiler.is_compiling() and (device.type == "cpu" or _MIXES_SIZES):
         return DECOMPOSED
     return backends.resolve(backend, device)
 
@@ -192,9 +196,21 @@ def _flow_stats(
     save_signs: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check_groups(features, lengths, groups)
     stats, signs = _empty_stats(features, lengths, groups, save_signs)
     ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
+
+
+def _check_groups(features: Sequence[Tensor], lengths: Sequence[int], groups: Sequence[int]) -> None:
+    """RuntimeError where the groups of a stage are not what its leading dimensions ask for."""
+    for first, count in zip(itertools.accumulate(lengths[:-1], initial=0), groups, strict=True):
+        shape = features[first].shape
+        if count not in itertools.accumulate(shape, operator.mul, initial=1):
+            raise RuntimeError(
+                f"ffr_ext: expected groups of sums for the leading dimensions of {tuple(shape)}, got {count}: torch "
+                f"{torch.__version__} has mixed up symbolic sizes. Take backend='auto', or torch 2.11 or newer."
+            )
 
 
 def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:

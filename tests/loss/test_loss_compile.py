@@ -13,7 +13,12 @@ from helpers import random_features
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from ffr_ext import compiled as traced
 from ffr_ext import ffr_loss, flow_terms
+
+symbolic_sizes_in_order = pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="Dynamo of torch 2.10 mixes up a node's symbolic sizes"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +115,7 @@ def test_no_graph_break_with_pooled_transitions_and_partial_gradients(backend: s
         assert torch.allclose(a, b)
 
 
+@symbolic_sizes_in_order
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_sizes_are_dynamic(norm: str, backend: str) -> None:
     """16 batch sizes at 3 resolutions: a graph per size would hit torch's recompile limit and silently run eagerly."""
@@ -126,6 +132,7 @@ def test_sizes_are_dynamic(norm: str, backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@symbolic_sizes_in_order
 def test_sizes_of_features_in_channels_last_are_dynamic(backend: str) -> None:
     """Their storage order is found without sorting strides, which are symbolic."""
 
@@ -144,6 +151,7 @@ def test_sizes_of_features_in_channels_last_are_dynamic(backend: str) -> None:
             assert a.stride() == b.stride()
 
 
+@symbolic_sizes_in_order
 def test_dynamic_sizes_under_inductor_have_right_gradients(backend: str) -> None:
     def loss(f: list[Tensor]) -> Tensor:
         return ffr_loss([x * 2 for x in f], backend=backend)
@@ -182,3 +190,26 @@ def test_no_generator_reads_a_layout(norm: str, backend: str) -> None:
     finally:
         sys.setprofile(before)
     assert read == []
+
+
+def test_mixed_up_sizes_are_no_wrong_sum(fused: str) -> None:
+    features = random_features(*[(4, 3, 5)] * 3)
+    for groups in (1, 4, 12, 60):
+        torch.ops.ffr_ext.flow_stats(features, [3], [groups], True, False, fused)
+    with pytest.raises(
+        RuntimeError, match=r"leading dimensions of .4, 3, 5., got 5: torch .* symbolic sizes"
+    ):
+        torch.ops.ffr_ext.flow_stats(features, [3], [5], True, False, fused)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_auto_takes_the_kernels_of_a_gpu_only_where_their_sizes_stay_in_order(
+    mixes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(traced, "_MIXES_SIZES", mixes)
+    monkeypatch.setattr(traced.backends, "resolve", lambda backend, device: "cuda")
+    expected = traced.DECOMPOSED if mixes else "cuda"
+    assert traced.resolve("auto", torch.device("cuda")) == expected
+    assert traced.resolve("cuda", torch.device("cuda")) == "cuda"
+    assert traced.resolve("auto", torch.device("cpu")) == traced.DECOMPOSED
