@@ -23,7 +23,7 @@ from machine_code import cuobjdump, instructions, resources, widths
 ROOT = Path(__file__).parents[2]
 TRITON_ARCHS = [80, 90, 100]
 CUDA_ARCHS = [80, 90, 100, 120]
-CUDA_SOURCES = ["flow_forward", "flow_backward", "filters", "group_norms", "group_scaling"]
+CUDA_SOURCES = ["flow_forward", "flow_backward", "flow_backward_at", "filters", "group_norms", "group_scaling"]
 
 # Some minutes of compiling on two cores.
 pytestmark = pytest.mark.slow

@@ -17,6 +17,7 @@ SOURCES = [
     ROOT / "tests/support/cuda_on_cpu/entry.cpp",
     ROOT / "csrc/cuda/flow_forward.cu",
     ROOT / "csrc/cuda/flow_backward.cu",
+    ROOT / "csrc/cuda/flow_backward_at.cu",
     ROOT / "csrc/cuda/filters.cu",
     ROOT / "csrc/cuda/group_norms.cu",
     ROOT / "csrc/cuda/group_scaling.cu",
