@@ -41,6 +41,7 @@ ENTRIES = [
     "row_column_norms",
     "scale",
     "take_blocks",
+    "take_shuffles",
 ]
 # Set in a process that has loaded the address sanitizer before everything else.
 SANITIZED = "FFR_EXT_TEST_SANITIZED"
@@ -176,6 +177,10 @@ class EmulatedKernels:
     def blocks(self) -> int:
         """Of all launches since the last question."""
         return int(self.library.take_blocks())
+
+    def shuffles(self) -> int:
+        """Of the threads of all launches since the last question."""
+        return int(self.library.take_shuffles())
 
     def compact_filters(
         self, tensors: list[Tensor], keep: list[Tensor], dims: list[int], outs: list[Tensor]
