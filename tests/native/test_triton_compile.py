@@ -1,4 +1,4 @@
-"""The Triton kernels' machine code, read without a GPU: registers, spills, width of the accesses of what is launched."""
+"""The Triton kernels' machine code, read without a GPU: registers, spills and width of the accesses."""
 
 from __future__ import annotations
 
