@@ -71,6 +71,15 @@ __device__ __forceinline__ uint32_t greater_pair(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The value, which the compiler computes where this stands. It moves arithmetic that only conditional loads
+// need to each of them: 15 instructions a load in the forward kernels, for a product of 64 bits.
+__device__ __forceinline__ int64_t computed_here(int64_t value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
 // 16 bytes with one access. An assignment of a uint4 becomes four stores where the compiler has taken it
 // apart.
 __device__ __forceinline__ void store_16_bytes(void* to, const uint4& value) {

@@ -1,5 +1,4 @@
-// flow_backward and flow_backward_at: all gradients of a stage in one pass, from packed signs or from the
-// features.
+// flow_backward: all gradients of a stage in one pass, from packed signs or from the features.
 //
 // "Plane" l is the pair d_l, c_l (or its signs). With a and e the coefficients of its two terms it adds
 //     -a d + e c  to gradient l,     a d - 2 e c  to gradient l + 1,     e c  to gradient l + 2.
@@ -14,16 +13,12 @@ namespace {
 constexpr int kAhead = 4;  // planes or features in flight
 
 struct BackwardPiece {
-  int64_t group_numel;
-  int64_t groups;
+  Positions positions;
   int64_t plane_bytes;
   const uint8_t* signs;  // the first plane read
   const double*
       first;  // coefficient of the first plane's d and c in group 0; the next plane's lies `groups` on
   const double* second;
-  int64_t tiles;           // of a chunk
-  uint32_t chunks;         // of a group
-  uint32_t blocks_end;     // blocks of this and all earlier pieces of the launch
   uint16_t first_feature;  // first pointer to a feature
   uint16_t first_grad;     // first pointer to a gradient
   uint16_t features;       // read; 0 when the gradients come from signs
@@ -31,8 +26,6 @@ struct BackwardPiece {
   uint16_t seconds;        // with a c
   uint16_t lead;           // planes before that of the first gradient, which still reach into it: up to 2
   uint16_t length;         // gradients
-  bool vector;
-  bool accumulate;
 };
 
 struct BackwardArgs {
@@ -42,16 +35,9 @@ struct BackwardArgs {
 static_assert(sizeof(BackwardArgs) <= 4096, "kernel arguments");
 
 template <typename T, bool kVector>
-__device__ __forceinline__ void write(void* grad, int64_t element, int count, Compute<T> (&value)[kVec<T>],
-                                      bool accumulate) {
-  if (grad == nullptr) return;
-  if (accumulate) {
-    Compute<T> old[kVec<T>];
-    unpack<T>(load<T, kVector>(grad, element, count), old);
-#pragma unroll
-    for (int k = 0; k < kVec<T>; ++k) value[k] += old[k];
-  }
-  store<T, kVector>(grad, element, count, pack<T>(value));
+__device__ __forceinline__ void write(void* grad, int64_t element, int count,
+                                      const Compute<T> (&value)[kVec<T>]) {
+  if (grad != nullptr) store<T, kVector>(grad, element, count, pack<T>(value));
 }
 
 // `firsts`, `seconds`: the coefficients of the piece's planes, already multiplied by the constant that
@@ -120,7 +106,7 @@ __device__ __forceinline__ void walk(const BackwardArgs& args, const BackwardPie
           after[k] = e * second[k];
         }
         if (plane >= piece.lead) {
-          write<T, kVector>(grads[plane - piece.lead], element, count, value, piece.accumulate);
+          write<T, kVector>(grads[plane - piece.lead], element, count, value);
         }
       }
       if (step + 1 >= steps) break;
@@ -136,51 +122,40 @@ __device__ __forceinline__ void walk(const BackwardArgs& args, const BackwardPie
       value[k] = here[k] - a * d[k];
       here[k] = after[k] + a * d[k];
     }
-    if (plane >= piece.lead)
-      write<T, kVector>(grads[plane - piece.lead], element, count, value, piece.accumulate);
+    if (plane >= piece.lead) write<T, kVector>(grads[plane - piece.lead], element, count, value);
   }
   if (piece.lead + piece.length > piece.planes) {
-    write<T, kVector>(grads[piece.length - 1], element, count, here, piece.accumulate);
+    write<T, kVector>(grads[piece.length - 1], element, count, here);
   }
 }
 
 template <typename T, bool kSquared>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ BackwardArgs args) {
   using C = Compute<T>;
-  __shared__ C firsts[kMaxLength + 4], seconds[kMaxLength + 4];
+  __shared__ C coefs[kWarps][2][kMaxLength + 4];
   int index = 0;
-  while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
+  while (blockIdx.x >= args.pieces[index].positions.blocks_end) ++index;
   const BackwardPiece& piece = args.pieces[index];
-  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
-  const int64_t group = block / piece.chunks, chunk = block % piece.chunks;
+  const Positions& positions = piece.positions;
+  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].positions.blocks_end : 0);
+  const Share share = share_of_warp<T>(positions, block);
+  if (share.group >= positions.groups) return;
 
+  // Each warp for itself: its group may be another than its neighbour's, and nobody waits for the block.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  C *firsts = coefs[warp][0], *seconds = coefs[warp][1];
   const double factor = kSquared ? 2.0 : 0.5;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < piece.lead + piece.length; i += kThreads) {
-    firsts[i] = i < piece.planes ? static_cast<C>(factor * piece.first[i * piece.groups + group]) : C(0);
-    seconds[i] = i < piece.seconds ? static_cast<C>(factor * piece.second[i * piece.groups + group]) : C(0);
+  for (int i = lane; i < piece.lead + piece.length; i += 32) {
+    const int64_t row = i * positions.groups + share.group;
+    firsts[i] = i < piece.planes ? static_cast<C>(factor * piece.first[row]) : C(0);
+    seconds[i] = i < piece.seconds ? static_cast<C>(factor * piece.second[row]) : C(0);
   }
-  __syncthreads();
+  __syncwarp();
 
-  constexpr int V = kVec<T>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t begin = chunk * piece.tiles * (kThreads * V) + warp * (32 * V);  // in the group
-  for (int64_t tile = 0; tile < piece.tiles; ++tile) {
-    const int64_t at = begin + tile * (kThreads * V);
-    const int64_t left = piece.group_numel - at;
-    if (left <= 0) break;
-    const int64_t element = group * piece.group_numel + at + lane * V;
-    if (piece.vector && left >= 32 * V) {
-      walk<T, kSquared, true>(args, piece, element, V, firsts, seconds);
-    } else {
-      const int64_t count = left - lane * V;
-      walk<T, kSquared, false>(args, piece, element,
-                               static_cast<int>(count < 0   ? 0
-                                                : count > V ? V
-                                                            : count),
-                               firsts, seconds);
-    }
-  }
+  visit_tiles<T>(positions, share, [&](auto vector, int64_t element, int count) {
+    walk<T, kSquared, decltype(vector)::value>(args, piece, element, count, firsts, seconds);
+  });
 }
 
 // ---------------------------------------------------------------------------------- launches
@@ -221,7 +196,7 @@ class BackwardLaunch {
     piece.first_grad = static_cast<uint16_t>(pointers_);
     for (int i = 0; i < piece.length; ++i) args_.pointers[pointers_++] = grads[i];
     blocks_ += blocks;
-    piece.blocks_end = static_cast<uint32_t>(blocks_);
+    piece.positions.blocks_end = static_cast<uint32_t>(blocks_);
     args_.pieces[pieces_++] = piece;
     return cudaSuccess;
   }
@@ -247,7 +222,7 @@ class BackwardLaunch {
 // Gradients of features begin .. end, of which `grads` are the pointers.
 cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Chunks& chunks, bool squared,
                       const uint8_t* signs, const double* coef, int64_t begin, int64_t end,
-                      void* const* grads, bool accumulate) {
+                      void* const* grads) {
   const StageShape& shape = stage.shape;
   if (std::all_of(grads, grads + (end - begin), [](const void* p) { return p == nullptr; }))
     return cudaSuccess;
@@ -256,25 +231,22 @@ cudaError_t add_piece(BackwardLaunch& launch, const StageView& stage, const Chun
   const int64_t planes_end = std::min(end, firsts);
   const int64_t features_end = squared ? std::min(planes_end + 2, shape.length) : plane;
 
+  bool vector = groups_aligned(stage);
+  for (int64_t i = 0; i < end - begin; ++i) vector = vector && aligned(grads[i]);
+  for (int64_t i = plane; i < features_end; ++i) vector = vector && aligned(stage.features[i]);
+
   BackwardPiece piece = {};
-  piece.group_numel = shape.numel / shape.groups;
-  piece.groups = shape.groups;
+  piece.positions = positions_of(stage, chunks, vector);
   piece.plane_bytes = plane_bytes(shape.numel);
   piece.signs = squared ? nullptr : signs + plane * piece.plane_bytes;
   piece.first = coef + plane * shape.groups;
   piece.second = coef + (firsts + plane) * shape.groups;
-  piece.chunks = static_cast<uint32_t>(chunks.count);
-  piece.tiles = chunks.tiles;
   piece.features = static_cast<uint16_t>(features_end - plane);
   piece.planes = static_cast<uint16_t>(std::max<int64_t>(planes_end - plane, 0));
   piece.seconds = static_cast<uint16_t>(std::max<int64_t>(std::min(end, seconds) - plane, 0));
   piece.lead = static_cast<uint16_t>(begin - plane);
   piece.length = static_cast<uint16_t>(end - begin);
-  piece.accumulate = accumulate;
-  piece.vector = groups_aligned(stage);
-  for (int64_t i = 0; i < end - begin; ++i) piece.vector = piece.vector && aligned(grads[i]);
-  for (int64_t i = plane; i < features_end; ++i) piece.vector = piece.vector && aligned(stage.features[i]);
-  return launch.add(piece, squared ? stage.features + plane : nullptr, grads, shape.groups * chunks.count);
+  return launch.add(piece, squared ? stage.features + plane : nullptr, grads, chunks.blocks);
 }
 
 }  // namespace
@@ -295,9 +267,8 @@ int flow_backward(const StageView* stages, int64_t num_stages, bool squared, con
       if (stage.dtype == dtype && stage.shape.numel > 0) {
         for (int64_t begin = 0; begin < stage.shape.length; begin += longest) {
           const int64_t end = std::min(begin + longest, stage.shape.length);
-          const cudaError_t error =
-              add_piece(launch, stage, work.chunks(stage, end - begin), squared, stage_signs, stage_coef,
-                        begin, end, stage.grads + begin, false);
+          const cudaError_t error = add_piece(launch, stage, work.chunks(stage, end - begin), squared,
+                                              stage_signs, stage_coef, begin, end, stage.grads + begin);
           if (error) return error;
         }
       }
@@ -307,18 +278,6 @@ int flow_backward(const StageView* stages, int64_t num_stages, bool squared, con
     if (const cudaError_t error = launch.run()) return error;
   }
   return cudaSuccess;
-}
-
-int flow_backward_at(const StageView& stage, bool squared, const uint8_t* signs, const double* coef,
-                     int64_t index, void* grad, bool accumulate, void* stream_handle) {
-  if (stage.shape.numel == 0) return cudaSuccess;
-  StageView one = stage;  // the work is that of one feature
-  one.shape.length = 1;
-  const Work work(&one, 1, kBackwardBlocks);
-  BackwardLaunch launch(stage.dtype, squared, static_cast<cudaStream_t>(stream_handle));
-  const cudaError_t error = add_piece(launch, stage, work.chunks(one, 1), squared, signs, coef, index,
-                                      index + 1, &grad, accumulate);
-  return error ? error : launch.run();
 }
 
 }  // namespace ffr::cuda

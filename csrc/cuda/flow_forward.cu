@@ -8,11 +8,7 @@
 // a barrier. At its end a block writes one slot per term; a second launch adds the slots of each term in a
 // fixed order.
 
-#if defined(__CUDACC__)
-#include <cub/block/block_reduce.cuh>
-#endif
-
-#include "plan.h"
+#include "flow_slots.h"
 
 namespace ffr::cuda {
 namespace {
@@ -22,22 +18,17 @@ constexpr int kAhead = 4;  // features in flight, and steps whose sums are reduc
 enum class Mode { kAbs, kAbsSigns, kSquared };
 
 struct ForwardPiece {
-  int64_t group_numel;
-  int64_t groups;
+  Positions positions;
   int64_t plane_bytes;
   uint8_t* signs;     // the piece's first plane
   double* slots;      // [entries of the stage][chunks]
   int64_t first_row;  // entry of the piece's first |d| in group 0, and of its first |c|
   int64_t second_row;
-  int64_t tiles;        // of a chunk
-  uint32_t chunks;      // of a group
-  uint32_t blocks_end;  // blocks of this and all earlier pieces of the launch
   uint16_t first_pointer;
   uint16_t length;  // features read
   uint16_t firsts;  // terms owned
   uint16_t seconds;
   bool last;  // the last plane is the stage's last, which has no c
-  bool vector;
 };
 
 struct ForwardArgs {
@@ -93,7 +84,8 @@ __device__ __forceinline__ Compute<T> magnitude(const Compute<T> (&x)[kVec<T>]) 
 // x 0.7 us / 132).
 template <typename T, Mode mode>
 constexpr int resident_blocks() {
-  return sizeof(T) == 4 ? 4 : sizeof(T) == 8 || mode == Mode::kAbsSigns ? 2 : 3;
+  if (mode == Mode::kAbsSigns) return sizeof(T) == 4 ? 3 : 2;
+  return sizeof(T) == 4 ? 4 : sizeof(T) == 8 ? 2 : 3;
 }
 
 // Walks along the depth at positions element .. element + count. `sums`: the warp's [2][stride] of |d| and
@@ -104,16 +96,24 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
                                      int count, double* sums, int stride) {
   using C = Compute<T>;
   constexpr int V = kVec<T>;
+  constexpr bool kSigns = mode == Mode::kAbsSigns;
   const void* const* features = args.features + piece.first_pointer;
   const int length = piece.length;
   // Step m reads feature m and completes plane m - 2; one more step completes the plane that has no c.
-  const int steps = length + (mode == Mode::kAbsSigns && piece.last ? 1 : 0);
-  uint8_t* plane = mode == Mode::kAbsSigns ? piece.signs + element / 2 - 2 * piece.plane_bytes : nullptr;
+  const int steps = length + (kSigns && piece.last ? 1 : 0);
+  uint8_t* plane = kSigns ? piece.signs + element / 2 - 2 * piece.plane_bytes : nullptr;
+  auto put = [&](uint32_t word) {
+    if (kVector || count > 0) *reinterpret_cast<SignWord<T>*>(plane) = static_cast<SignWord<T>>(word);
+  };
 
   uint4 ahead[kAhead];
+  auto fetch = [&](int j, int step) {
+    if (step < length) ahead[j] = load<T, kVector>(features[step], element, count);
+  };
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) {
-    ahead[j] = j < length ? load<T, kVector>(features[j], element, count) : make_uint4(0, 0, 0, 0);
+    ahead[j] = make_uint4(0, 0, 0, 0);
+    fetch(j, j);
   }
   C x[V], d[V];
   uint4 raw = ahead[0];
@@ -122,8 +122,17 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
 #pragma unroll
   for (int j = 0; j < V; ++j) d[j] = 0;
 
-  for (int base = 0; base < steps; base += kAhead) {
+  for (int base = 0; base < length; base += kAhead) {
     C values[2 * kAhead];
+    uint4 now[kAhead];
+    // No load is moved across the stores of signs, so that those of the next steps go before all of them.
+    if constexpr (kSigns) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        now[j] = ahead[j];
+        fetch(j, base + j + kAhead);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const int step =
@@ -135,9 +144,9 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
         d_before[k] = d[k];
       }
       const uint4 raw_before = raw;
-      raw = ahead[j];
+      raw = kSigns ? now[j] : ahead[j];
       unpack<T>(raw, x);
-      if (step + kAhead < length) ahead[j] = load<T, kVector>(features[step + kAhead], element, count);
+      if constexpr (!kSigns) fetch(j, step + kAhead);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         d[k] = first_difference(x[k], x_before[k]);
@@ -145,14 +154,12 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
       }
       values[j] = magnitude<T, mode>(d);
       values[kAhead + j] = magnitude<T, mode>(c);
-      if constexpr (mode == Mode::kAbsSigns) {
+      if constexpr (kSigns) {
         // Made in any case, so that only the store is conditional.
         uint32_t word = SignPacker<T>::word(d_codes, SignPacker<T>::second(c));
         word &= step == length ? 0x33333333u : 0xffffffffu;
         d_codes = SignPacker<T>::first(raw, raw_before, d);
-        if (step >= 2 && step < steps && (kVector || count > 0)) {
-          *reinterpret_cast<SignWord<T>*>(plane) = static_cast<SignWord<T>>(word);
-        }
+        if (step >= 2 && step < steps) put(word);
         plane += piece.plane_bytes;
       }
     }
@@ -160,6 +167,8 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
     const int lane = threadIdx.x % 32;
     if (lane % 4 == 0) sums[(lane / 16) * stride + base + lane / 4 % kAhead] += sum;
   }
+  // The one more step, where no round of the loop had a place for it.
+  if (kSigns && steps > length && length % kAhead == 0) put(SignPacker<T>::word(d_codes, 0));
 }
 
 template <typename T, Mode mode>
@@ -167,77 +176,41 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
     forward_kernel(const __grid_constant__ ForwardArgs args) {
   FFR_DYNAMIC_SHARED(double, shared_sums);  // [warp][2][stride]
   int index = 0;
-  while (blockIdx.x >= args.pieces[index].blocks_end) ++index;
+  while (blockIdx.x >= args.pieces[index].positions.blocks_end) ++index;
   const ForwardPiece& piece = args.pieces[index];
-  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].blocks_end : 0);
-  const int64_t group = block / piece.chunks, chunk = block % piece.chunks;
+  const Positions& positions = piece.positions;
+  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].positions.blocks_end : 0);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int stride = (piece.length + 1 + kAhead - 1) / kAhead * kAhead;  // one step more than features
+  const int stride = (piece.length + kAhead - 1) / kAhead * kAhead;
   double* sums = shared_sums + warp * 2 * stride;
 #pragma unroll 1
   for (int i = lane; i < 2 * stride; i += 32) sums[i] = 0;
   __syncwarp();
 
-  constexpr int V = kVec<T>;
-  const int64_t begin = chunk * piece.tiles * (kThreads * V) + warp * (32 * V);  // in the group
-  for (int64_t tile = 0; tile < piece.tiles; ++tile) {
-    const int64_t at = begin + tile * (kThreads * V);
-    const int64_t left = piece.group_numel - at;
-    if (left <= 0) break;
-    const int64_t element = group * piece.group_numel + at + lane * V;
-    if (piece.vector && left >= 32 * V) {
-      walk<T, mode, true>(args, piece, element, V, sums, stride);
-    } else {
-      const int64_t count = left - lane * V;
-      walk<T, mode, false>(args, piece, element,
-                           static_cast<int>(count < 0   ? 0
-                                            : count > V ? V
-                                                        : count),
-                           sums, stride);
-    }
-  }
+  const Share share = share_of_warp<T>(positions, block);
+  visit_tiles<T>(positions, share, [&](auto vector, int64_t element, int count) {
+    walk<T, mode, decltype(vector)::value>(args, piece, element, count, sums, stride);
+  });
   __syncthreads();
 
+  // A thread takes a term of a team's group: the sums of the team's warps.
+  const int teams_shift = kWarpsShift - positions.team_shift;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < piece.firsts + piece.seconds; i += kThreads) {
-    const bool second = i >= piece.firsts;
-    const int term = second ? i - piece.firsts : i;
-    const double* from = shared_sums + (second ? stride + term + 2 : term + 1);
+  for (int i = threadIdx.x; i < (piece.firsts + piece.seconds) << teams_shift; i += kThreads) {
+    const int entry = i >> teams_shift, team = i - (entry << teams_shift);
+    const int64_t group = (static_cast<int64_t>(block / positions.chunks) << teams_shift) + team;
+    if (group >= positions.groups) continue;
+    const bool second = entry >= piece.firsts;
+    const int term = second ? entry - piece.firsts : entry;
+    const double* from = shared_sums + (team << positions.team_shift) * 2 * stride;
+    from += second ? stride + term + 2 : term + 1;
     double total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += from[w * 2 * stride];
-    const int64_t row = (second ? piece.second_row : piece.first_row) + term * piece.groups + group;
-    piece.slots[row * piece.chunks + chunk] = total;
+#pragma unroll 1
+    for (int w = 0; w < 1 << positions.team_shift; ++w) total += from[w * 2 * stride];
+    const int64_t row = (second ? piece.second_row : piece.first_row) + term * positions.groups + group;
+    piece.slots[row * positions.chunks + share.chunk] = total;
   }
-}
-
-// ---------------------------------------------------------------------------------- the slots
-
-struct SlotRows {
-  const double* slots;  // [rows][chunks]
-  double* stats;        // [rows]
-  int64_t chunks;
-  int64_t rows_end;  // rows of this and all earlier entries
-};
-
-struct AddArgs {
-  SlotRows stages[kMaxPieces];
-};
-
-__global__ void __launch_bounds__(kThreads) add_slots_kernel(const __grid_constant__ AddArgs args) {
-  int index = 0;
-  while (blockIdx.x >= args.stages[index].rows_end) ++index;
-  const SlotRows& stage = args.stages[index];
-  const int64_t row = blockIdx.x - (index ? args.stages[index - 1].rows_end : 0);
-  const double* slots = stage.slots + row * stage.chunks;
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < stage.chunks; i += kThreads) sum += slots[i];
-  using Reduce = cub::BlockReduce<double, kThreads>;
-  __shared__ typename Reduce::TempStorage storage;
-  sum = Reduce(storage).Sum(sum);
-  if (threadIdx.x == 0) stage.stats[row] = sum;
 }
 
 // ---------------------------------------------------------------------------------- launches
@@ -273,7 +246,7 @@ class ForwardLaunch {
     piece.first_pointer = static_cast<uint16_t>(pointers_);
     pointers_ += piece.length;
     blocks_ += blocks;
-    piece.blocks_end = static_cast<uint32_t>(blocks_);
+    piece.positions.blocks_end = static_cast<uint32_t>(blocks_);
     args_.pieces[pieces_++] = piece;
     longest_ = std::max<int>(longest_, piece.length);
     return cudaSuccess;
@@ -281,7 +254,7 @@ class ForwardLaunch {
 
   cudaError_t run() {
     if (pieces_ == 0) return cudaSuccess;
-    const size_t shared = sizeof(double) * kWarps * 2 * ceil_div(longest_ + 1, kAhead) * kAhead;
+    const size_t shared = sizeof(double) * kWarps * 2 * ceil_div(longest_, kAhead) * kAhead;
     const uint32_t blocks = static_cast<uint32_t>(blocks_);
     pieces_ = pointers_ = longest_ = 0;
     blocks_ = 0;
@@ -317,11 +290,6 @@ StageView as_one_group(StageView stage) {
   return stage;
 }
 
-int64_t scratch_of(const StageView& stage, const Work& work) {
-  const int64_t chunks = work.chunks(stage, stage.shape.length).count;
-  return chunks > 1 ? stats_entries(stage.shape) * chunks : 0;
-}
-
 cudaError_t add_stage(ForwardLaunch& launch, const StageView& stage, const Work& work, uint8_t* signs,
                       double* slots) {
   const StageShape& shape = stage.shape;
@@ -332,46 +300,17 @@ cudaError_t add_stage(ForwardLaunch& launch, const StageView& stage, const Work&
   for (int64_t begin = 0; begin < firsts; begin += kMaxLength - 2) {
     const int64_t end = std::min(begin + kMaxLength - 2, firsts);
     ForwardPiece piece = {};
-    piece.group_numel = shape.numel / shape.groups;
-    piece.groups = shape.groups;
+    piece.positions = positions_of(stage, chunks, vector);
     piece.plane_bytes = plane_bytes(shape.numel);
     piece.signs = signs ? signs + begin * piece.plane_bytes : nullptr;
     piece.slots = slots;
     piece.first_row = begin * shape.groups;
     piece.second_row = (firsts + begin) * shape.groups;
-    piece.chunks = static_cast<uint32_t>(chunks.count);
-    piece.tiles = chunks.tiles;
     piece.length = static_cast<uint16_t>(std::min(end + 2, shape.length) - begin);  // two features of halo
     piece.firsts = static_cast<uint16_t>(end - begin);
     piece.seconds = static_cast<uint16_t>(std::min(end, seconds) - std::min(begin, seconds));
     piece.last = end == firsts;
-    piece.vector = vector;
-    if (const cudaError_t error = launch.add(piece, stage.features + begin, shape.groups * chunks.count))
-      return error;
-  }
-  return cudaSuccess;
-}
-
-cudaError_t add_slots(const StageView* stages, int64_t num_stages, const Work& work, double* stats,
-                      double* scratch, cudaStream_t stream) {
-  AddArgs args = {};
-  int used = 0;
-  int64_t rows = 0;
-  for (int64_t i = 0; i <= num_stages; ++i) {
-    if (used == kMaxPieces || (i == num_stages && used > 0)) {
-      FFR_LAUNCH((add_slots_kernel), static_cast<uint32_t>(rows), kThreads, 0, stream, args);
-      if (const cudaError_t error = cudaGetLastError()) return error;
-      used = 0;
-      rows = 0;
-    }
-    if (i == num_stages) break;
-    const int64_t entries = stats_entries(stages[i].shape), slots = scratch_of(stages[i], work);
-    if (slots > 0) {
-      rows += entries;
-      args.stages[used++] = {scratch, stats, work.chunks(stages[i], stages[i].shape.length).count, rows};
-    }
-    stats += entries;
-    scratch += slots;
+    if (const cudaError_t error = launch.add(piece, stage.features + begin, chunks.blocks)) return error;
   }
   return cudaSuccess;
 }
@@ -383,7 +322,7 @@ int64_t flow_forward_scratch(const StageView* stages, int64_t num_stages, bool s
   int64_t total = 0;
   int64_t signs_pass = 0;  // its sums are thrown away, into one place for all such stages
   for (int64_t i = 0; i < num_stages; ++i) {
-    total += scratch_of(stages[i], work);
+    total += slots_of(stages[i], work);
     if (needs_two_passes(stages[i], signs)) {
       const StageView whole = as_one_group(stages[i]);
       signs_pass =
@@ -398,7 +337,7 @@ int flow_forward(const StageView* stages, int64_t num_stages, bool squared, doub
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const Work work(stages, num_stages, kForwardBlocks);
   int64_t all_slots = 0;
-  for (int64_t i = 0; i < num_stages; ++i) all_slots += scratch_of(stages[i], work);
+  for (int64_t i = 0; i < num_stages; ++i) all_slots += slots_of(stages[i], work);
   for (int d = 0; d < kNumDTypes; ++d) {
     const DType dtype = static_cast<DType>(d);
     ForwardLaunch sums(dtype, squared ? Mode::kSquared : Mode::kAbs, stream);
@@ -408,7 +347,7 @@ int flow_forward(const StageView* stages, int64_t num_stages, bool squared, doub
     for (int64_t i = 0; i < num_stages; ++i) {
       const StageView& stage = stages[i];
       if (stage.dtype == dtype && stage.shape.length > 1) {
-        double* slots = scratch_of(stage, work) ? stage_slots : stage_stats;
+        double* slots = slots_of(stage, work) ? stage_slots : stage_stats;
         cudaError_t error = cudaSuccess;
         if (needs_two_passes(stage, signs != nullptr)) {
           error = add_stage(sums_and_signs, as_one_group(stage), work, stage_signs, scratch + all_slots);
@@ -419,7 +358,7 @@ int flow_forward(const StageView* stages, int64_t num_stages, bool squared, doub
         if (error) return error;
       }
       stage_stats += stats_entries(stage.shape);
-      stage_slots += scratch_of(stage, work);
+      stage_slots += slots_of(stage, work);
       if (signs) stage_signs += sign_bytes(stage.shape);
     }
     if (const cudaError_t error = sums.run()) return error;

@@ -49,6 +49,28 @@ def test_blocks_of_several_tiles(dtype: torch.dtype, squared: bool, kernels: Emu
     )
 
 
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_every_length_around_a_round_of_four_steps(
+    dtype: torch.dtype, squared: bool, kernels: EmulatedKernels
+) -> None:
+    lengths = [*range(2, 10), 12, 125, 126, 127, 128, 129]
+    check_flow(kernels, make_problem([StageSpec(length, 65, 1, dtype) for length in lengths], squared))
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_groups_of_every_number_of_warps(
+    dtype: torch.dtype, offset: int, squared: bool, kernels: EmulatedKernels
+) -> None:
+    """The last block has fewer groups than it has room for."""
+    stages = [StageSpec(4, 11 * numel, 11, dtype, offset) for numel in (1, 5, 16, 64, 200, 400)]
+    stages += [StageSpec(3, 3 * 1000, 3, dtype, offset), StageSpec(5, 9 * 32, 9, dtype, offset)]
+    check_flow(kernels, make_problem(stages, squared))
+    check_flow(kernels, make_problem(stages, squared), with_signs=False)
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_sums_without_signs(dtype: torch.dtype, kernels: EmulatedKernels) -> None:
     check_flow(kernels, make_problem([StageSpec(5, 2100, 1, dtype)], squared=False), with_signs=False)
@@ -221,6 +243,61 @@ def test_more_weights_than_one_launch_holds(kernels: EmulatedKernels) -> None:
     kernels.scale(grads, weights, nothing, nothing, numbers, [1.0] * len(weights))
     assert kernels.launches == 2
     assert all(torch.equal(g, torch.full((3, 2), n)) for g, n in zip(grads, numbers, strict=True))
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 7, 8, 9, 12, 124, 126])
+@pytest.mark.parametrize("signs", [False, True], ids=["sums", "signs"])
+def test_the_forward_pass_takes_a_round_for_every_four_features(
+    signs: bool, length: int, kernels: EmulatedKernels
+) -> None:
+    """The plane that has no c took a round of its own behind a multiple of four features, half of the work of 4."""
+    features = [torch.randn(1024) for _ in range(length)]  # a tile: an access of each thread of a block
+    planes = torch.empty((length - 1) * 512 if signs else 0, dtype=torch.uint8)
+    kernels.shuffles()
+    kernels.flow_forward(features, [length], [1], False, torch.empty(2 * length - 3, dtype=F64), planes)
+    assert kernels.shuffles() == 256 * 9 * -(-length // 4)
+
+
+@pytest.mark.parametrize(
+    ("numel", "dtype", "groups_of_a_block"),
+    [
+        *((1, F32, 8), (64, F32, 8), (128, F32, 8), (129, F32, 4), (512, F32, 2), (513, F32, 1)),
+        *((256, BF16, 8), (257, BF16, 4), (2048, BF16, 1), (64, F64, 8), (65, F64, 4)),
+    ],
+)
+def test_a_small_group_is_the_work_of_as_many_warps_as_it_fills(
+    numel: int, dtype: torch.dtype, groups_of_a_block: int, kernels: EmulatedKernels
+) -> None:
+    """A block of eight warps was the work of one group, of which 64 elements fill 16 of 256 threads."""
+    groups = 24
+    stage = [torch.randn(groups * numel).to(dtype) for _ in range(3)]
+    stats = torch.empty(3 * groups, dtype=F64)
+    kernels.blocks()
+    nothing = torch.empty(0, dtype=torch.uint8)
+    kernels.flow_forward(stage, [3], [groups], True, stats, nothing)
+    assert kernels.blocks() == groups // groups_of_a_block
+    kernels.flow_backward(stage, nothing, stats, [3], [groups * numel], [groups], True, stage)
+    assert kernels.blocks() == groups // groups_of_a_block
+    kernels.flow_backward_at(stage, nothing, stats, 3, groups * numel, groups, True, 1, stage[1], True)
+    assert kernels.blocks() == groups // groups_of_a_block
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_the_terms_it_belongs_to(
+    special: float, kernels: EmulatedKernels
+) -> None:
+    """The gradient of one feature of squares, next to the ends: no 0 times inf of a term that does not exist."""
+    for length in (2, 3, 4):
+        stage = [torch.full((40,), float(i * i)) for i in range(length)]
+        stage[0][3] = stage[-1][5] = special
+        coef = torch.ones(2 * length - 3, dtype=F64)
+        wanted = [torch.empty(40) for _ in stage]
+        nothing = torch.empty(0, dtype=torch.uint8)
+        kernels.flow_backward(stage, nothing, coef, [length], [40], [1], True, wanted)
+        for index, expected in enumerate(wanted):
+            got = torch.empty(40)
+            kernels.flow_backward_at(stage, nothing, coef, length, 40, 1, True, index, got, False)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_gradient_of_one_feature_is_shared_out_as_the_work_of_one_feature(

@@ -1,62 +1,35 @@
-"""The GPU kernels' machine code, read without a GPU: registers, spills, local memory, width of the accesses.
+"""The CUDA kernels' machine code, read without a GPU: registers, spills, local memory, width and order of the accesses.
 
-Slow memory hides in two places that no result shows: local memory (spills, arrays indexed at run time) and
-narrow accesses. The compiler's resource report and the disassembly name both.
+Slow memory hides where no result shows it: in local memory (spills, arrays indexed at run time), in narrow accesses,
+and in loads that wait for one another. The compiler's resource report and the disassembly name all of it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import subprocess
-import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from machine_code import cuobjdump, instructions, resources, widths
+from machine_code import ROOT, Kernel, needs_cuobjdump
+from sass import Code, FlowKernel, instructions_until_used, loops, path_to, round_trips, wide
 
-ROOT = Path(__file__).parents[2]
-TRITON_ARCHS = [80, 90, 100]
-CUDA_ARCHS = [80, 90, 100, 120]
-CUDA_SOURCES = ["flow_forward", "flow_backward", "filters", "group_norms", "group_scaling"]
+ARCHS = [80, 90, 100, 120]
+SOURCES = ["flow_forward", "flow_backward", "flow_backward_at", "filters", "group_norms", "group_scaling"]
 
-# Some minutes of compiling on two cores.
-pytestmark = pytest.mark.slow
-needs_cuobjdump = pytest.mark.skipif(
-    cuobjdump() is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton"
-)
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-
-
-class Kernel(NamedTuple):
-    name: str
-    registers: int
-    stack: int
-    local: int
-    code: list[str]
-
-    @classmethod
-    def all_of(cls, cubin: Path) -> list[Kernel]:
-        code = instructions(cubin)
-        return [cls(name, r.registers, r.stack, r.local, code[name]) for name, r in resources(cubin).items()]
-
-    def assert_no_slow_memory(self) -> None:
-        assert self.stack == 0, f"{self.name}: {self.stack} bytes of stack"
-        assert self.local == 0, f"{self.name}: {self.local} bytes of local memory"
-        spilled = [i for i in self.code if i.startswith(("LDL", "STL"))]
-        assert not spilled, f"{self.name}: {len(spilled)} accesses to local memory"
-
-
-# ------------------------------------------------------------------------------------------------ CUDA
+pytestmark = [
+    pytest.mark.slow,  # some minutes of compiling on two cores
+    needs_cuobjdump,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"),
+    pytest.mark.parametrize("arch", ARCHS),
+]
 
 
 @pytest.fixture(scope="module")
-def cuda_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Kernel]]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[Kernel]]:
     """Every kernel of every source for every architecture."""
     directory = Path(tmp_path_factory.mktemp("cubins"))
 
@@ -69,237 +42,115 @@ def cuda_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, st
         assert done.returncode == 0, done.stdout + done.stderr
         return Kernel.all_of(cubin)
 
-    keys = [(arch, source) for arch in CUDA_ARCHS for source in CUDA_SOURCES]
+    keys = [(arch, source) for arch in ARCHS for source in SOURCES]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(zip(keys, pool.map(compile_one, keys), strict=True))
 
 
-@needs_nvcc
-@needs_cuobjdump
-@pytest.mark.parametrize("source", CUDA_SOURCES)
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
-def test_cuda_kernels_use_no_local_memory(arch: int, source: str, cuda_kernels: Any) -> None:
-    assert cuda_kernels[arch, source]
-    for kernel in cuda_kernels[arch, source]:
+def flow_kernels(kernels: dict[tuple[int, str], list[Kernel]], arch: int, template: str) -> dict[str, Kernel]:
+    """The instances of a template by their arguments: "bf16 signs"."""
+    found = {}
+    for source in SOURCES[:3]:
+        for kernel in kernels[arch, source]:
+            which = FlowKernel.of(kernel.name)
+            if which is not None and which.template == template:
+                found[f"{which.dtype} {which.reads}"] = kernel
+    return found
+
+
+def loop_with(kernel: Kernel, kind: str, accesses: int) -> Code:
+    """The innermost loop with so many 16-byte accesses: whole tiles', not the one for single elements."""
+    (found,) = [loop for loop in loops(kernel.code) if len(wide(loop, kind)) == accesses]
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_use_no_local_memory(arch: int, source: str, kernels: Any) -> None:
+    assert kernels[arch, source]
+    for kernel in kernels[arch, source]:
         kernel.assert_no_slow_memory()
 
 
-@needs_nvcc
-@needs_cuobjdump
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
-def test_cuda_kernels_access_16_bytes(arch: int, cuda_kernels: Any) -> None:
-    forward = [k for k in cuda_kernels[arch, "flow_forward"] if "forward_kernel" in k.name]
-    backward = [k for k in cuda_kernels[arch, "flow_backward"] if "backward_kernel" in k.name]
+def test_flow_kernels_access_16_bytes(arch: int, kernels: Any) -> None:
+    forward = flow_kernels(kernels, arch, "forward")
+    backward = flow_kernels(kernels, arch, "backward")
+    gradient = flow_kernels(kernels, arch, "gradient")
     assert len(forward) == 12  # 4 dtypes, and 3 of: sums, sums and signs, squares
-    assert len(backward) == 8
-    for kernel in forward:
+    assert len(backward) == len(gradient) == 8
+    for which, kernel in forward.items():
         # Four features in flight at the start, and four more in the loop.
-        assert widths(kernel.code, "LDG").count(128) == 8, kernel.name
-    for kernel in backward:
-        assert widths(kernel.code, "STG").count(128) >= 4, kernel.name
+        assert kernel.widths("LDG").count(128) == 8, which
+    for which, kernel in backward.items():
+        assert kernel.widths("STG").count(128) >= 4, which
+    for which, kernel in gradient.items():
+        # The old gradient, and five features.
+        assert kernel.widths("LDG").count(128) == (1 if "signs" in which else 6), which
+        assert kernel.widths("STG").count(128) == 1, which
 
 
-@needs_nvcc
-@needs_cuobjdump
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
-def test_cuda_kernels_for_groups_access_16_bytes_and_each_once(arch: int, cuda_kernels: Any) -> None:
+def test_the_forward_kernel_with_signs_loads_long_before_it_waits(arch: int, kernels: Any) -> None:
+    """Loads do not move across stores. Each one after the signs of a feature had 44 to 49 % of a round between it and
+    its use (78 % in fp32 on sm_100): the other loads were behind it, and waited for first."""
+    for which, kernel in flow_kernels(kernels, arch, "forward").items():
+        if which.endswith("signs"):
+            loop = loop_with(kernel, "LDG", 4)
+            assert min(instructions_until_used(loop)) >= 0.66 * len(loop), which
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "most"),
+    [
+        # Addresses that were made anew at each load took 15 instructions of each access.
+        ("forward", "LDG", {"fp32 sums": 46, "fp32 squares": 46, "fp32 signs": 93, "bf16 squares": 74}),
+        # The code for `accumulate` was in the loop: 83 and 133 from signs, 80 and 149 from features.
+        ("backward", "STG", {"fp32 signs": 75, "bf16 signs": 112, "fp32 squares": 73, "bf16 squares": 128}),
+    ],
+)  # fmt: skip
+def test_instructions_of_an_access(
+    arch: int, template: str, kind: str, most: dict[str, int], kernels: Any
+) -> None:
+    """Of a warp's 16-byte access of one feature, in the loop over features."""
+    if template == "forward":  # bf16 is compared in pairs from sm_90 on
+        most = {**most, "bf16 signs": 147 if arch == 80 else 122}
+    for which, kernel in flow_kernels(kernels, arch, template).items():
+        if which in most:
+            assert len(loop_with(kernel, kind, 4)) <= 4 * most[which], which
+
+
+def test_the_gradient_of_one_feature_waits_for_memory_once(arch: int, kernels: Any) -> None:
+    """It took four waits in a row: the coefficients, the block's barrier, the signs, the old gradient."""
+    for which, kernel in flow_kernels(kernels, arch, "gradient").items():
+        (store,) = wide(kernel.code, "STG")
+        path = path_to(kernel.code, store)
+        # Coefficients, old gradient, and three planes or five features.
+        assert len([i for i in path if i.kind == "LDG"]) == (5 if "signs" in which else 7), which
+        assert round_trips(path) == 1, which
+
+
+def test_no_warp_waits_for_its_block_on_the_way_back(arch: int, kernels: Any) -> None:
+    for template in ("backward", "gradient"):
+        for which, kernel in flow_kernels(kernels, arch, template).items():
+            assert not [i for i in kernel.code if i.kind == "BAR"], (template, which)
+
+
+def test_kernels_for_groups_access_16_bytes_and_each_once(arch: int, kernels: Any) -> None:
     """Per thread: 8 rows of a weight for the norms; 4 accesses of a weight, and of a gradient where there is one."""
-    norms = [k for k in cuda_kernels[arch, "group_norms"] if "pair_norms_kernel" in k.name]
-    scaling = cuda_kernels[arch, "group_scaling"]
+    norms = [k for k in kernels[arch, "group_norms"] if "pair_norms_kernel" in k.name]
+    scaling = kernels[arch, "group_scaling"]
     assert len(norms) == 12  # 4 dtypes, 3 norms
     assert len(scaling) == 8  # 4 dtypes, add or shrink
     for kernel in norms:
-        assert widths(kernel.code, "LDG").count(128) == 8, kernel.name
+        assert kernel.widths("LDG").count(128) == 8, kernel.name
     for kernel in scaling:
         shrink = "Lb1" in kernel.name
-        assert widths(kernel.code, "LDG").count(128) == (4 if shrink else 8), kernel.name
-        assert widths(kernel.code, "STG").count(128) == 4, kernel.name
+        assert kernel.widths("LDG").count(128) == (4 if shrink else 8), kernel.name
+        assert kernel.widths("STG").count(128) == 4, kernel.name
 
 
-@needs_nvcc
-@needs_cuobjdump
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
-def test_cuda_kernels_leave_room_for_enough_warps(arch: int, cuda_kernels: Any) -> None:
+def test_kernels_leave_room_for_enough_warps(arch: int, kernels: Any) -> None:
     """16 warps on a multiprocessor (65536 registers), each with four 512-byte loads in flight, are 32 KiB: more
     than the 25 KiB an H200 needs."""
-    for source in ("flow_forward", "flow_backward", "group_norms", "group_scaling"):
-        for kernel in cuda_kernels[arch, source]:
-            assert kernel.registers <= 128, f"{kernel.name}: {kernel.registers} registers"
-
-
-# ------------------------------------------------------------------------------------------------ Triton
-
-TRITON_SOURCES = ["flow_kernels", "filters", "groups_kernels"]
-# (dtype, features, squared, elements): what is launched for one stage.
-TRITON_STAGES = [
-    ("float32", 6, False, 1 << 18),
-    ("float32", 6, True, 1 << 18),
-    ("bfloat16", 6, False, 1 << 18),
-    ("bfloat16", 6, True, 1 << 18),
-    ("float32", 4, False, (1 << 18) + 1),  # no whole accesses
-    ("float32", 4, True, (1 << 18) + 1),
-]
-TRITON_STAGES_SM90 = [
-    ("float16", 6, False, 1 << 18),
-    ("float64", 6, False, 1 << 18),
-    # Each step of the unrolled walk must release its registers: 64 features spilled before that was so.
-    ("float32", 24, False, 1 << 18),
-]
-
-
-def compile_triton(arch: int | str, directory: Path) -> None:
-    """In a process of its own, without the interpreter: writes the binaries and a list of what they are."""
-    import torch
-    from machine_code import compile_launch, recorded_launches
-
-    from ffr_ext.kernels import filters, flow, groups, sizes
-
-    warnings.simplefilter("error")  # Triton warns where it will change its mind
-    index: list[dict[str, Any]] = []
-
-    def add(name: str, launches: list[Any], **about: Any) -> None:
-        for launch in launches:
-            path = directory / f"{len(index)}.cubin"
-            path.write_bytes(compile_launch(launch, arch).asm["hsaco" if isinstance(arch, str) else "cubin"])
-            kernel = launch[0].__name__
-            index.append(dict(name=f"{name} {kernel}", kernel=kernel, path=str(path), **about))
-
-    for dtype_name, length, squared, numel in TRITON_STAGES + (TRITON_STAGES_SM90 if arch == 90 else []):
-        dtype = getattr(torch, dtype_name)
-        stage = [torch.empty(numel, dtype=dtype) for _ in range(length)]
-        entries = torch.empty(2 * length - 3, dtype=torch.float64)
-        signs = torch.empty(0 if squared else (length - 1) * flow.plane_bytes(numel), dtype=torch.uint8)
-        read = stage if squared else []
-        with recorded_launches() as launches:
-            flow.flow_forward(stage, [length], [1], squared, entries, signs)
-            flow.flow_backward(read, signs, entries, [length], [numel], [1], squared, stage)
-            flow.flow_backward_at(read, signs, entries, length, numel, 1, squared, 2, stage[2], True)
-        name = f"{dtype_name} {length} {'squares' if squared else 'signs'}"
-        add(name, launches, vector=numel % 2 == 0, length=length, squared=squared)
-    weights = [torch.empty(8, 3, 3, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float64)]
-    dims = [0] * 3
-    for norm in (1.0, 2.0, float("inf")):
-        with recorded_launches() as launches:
-            filters.filter_norms(weights, dims, norm, torch.empty(24, dtype=torch.float64))
-        add(f"norm {norm}", launches, vector=True, length=3, squared=False)
-    with recorded_launches() as launches:
-        filters.compact_filters(weights, [torch.arange(4)] * 3, dims)
-    add("compaction", launches, vector=True, length=3, squared=False)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        accesses = sizes.PAIR_TILE // (32 * sizes.PAIR_WARPS * sizes.vector_length(dtype))
-        weights = [torch.empty(128, 64, 3, 3, dtype=dtype)]
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        rows, columns = [torch.empty(128, dtype=compute)], [torch.empty(64, dtype=compute)]
-        for norm in (1.0, 2.0, float("inf")):
-            with recorded_launches() as launches:
-                filters.filter_norms(weights, [-1], norm, torch.empty(192, dtype=torch.float64))
-            add(f"{dtype} norm {norm}", launches, vector=True, length=0, accesses=accesses)
-        with recorded_launches() as launches:
-            groups.add_scaled_(weights, weights, rows, columns, [0.0], [0.0])
-        add(f"{dtype} add", launches, vector=True, length=2, accesses=accesses)
-        with recorded_launches() as launches:
-            groups.shrink_(weights, rows, columns, [0.0])
-        add(f"{dtype} shrink", launches, vector=True, length=1, accesses=accesses)
-    (directory / "index.json").write_text(json.dumps(index))
-
-
-def compiled_index(arch: int | str, directory: Path) -> list[dict[str, Any]]:
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(arch), str(directory)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    index: list[dict[str, Any]] = json.loads((directory / "index.json").read_text())
-    return index
-
-
-def written_kernels() -> set[str]:
-    source = "".join((ROOT / "ffr_ext/kernels" / f"{name}.py").read_text() for name in TRITON_SOURCES)
-    return set(re.findall(r"def (\w+_kernel)\(", source))
-
-
-@pytest.fixture(scope="module", params=TRITON_ARCHS, ids=lambda arch: f"sm_{arch}")
-def triton_kernels(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[tuple[dict[str, Any], Kernel]]:
-    pytest.importorskip("triton")
-    index = compiled_index(request.param, Path(tmp_path_factory.mktemp(f"triton{request.param}")))
-    return [(item, kernel) for item in index for kernel in Kernel.all_of(Path(item["path"]))]
-
-
-def test_every_triton_kernel_compiles(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
-    """The interpreter takes what the compiler refuses, such as a variable whose type depends on a branch."""
-    assert {kernel.name for _, kernel in triton_kernels} == written_kernels()
-
-
-def test_every_triton_kernel_compiles_for_an_amd_gpu(tmp_path: Path) -> None:
-    """Compiled, never run: there is none here. ROCm's torch gets these by backend="auto"."""
-    pytest.importorskip("triton.backends.amd")
-    assert {item["kernel"] for item in compiled_index("gfx942", tmp_path)} == written_kernels()
-
-
-def test_triton_kernels_use_no_local_memory(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
-    for item, kernel in triton_kernels:
-        kernel._replace(name=item["name"]).assert_no_slow_memory()
-
-
-def test_triton_kernels_access_16_bytes(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
-    from ffr_ext.kernels.sizes import FORWARD_ACCESSES
-
-    for item, kernel in triton_kernels:
-        loads, stores = widths(kernel.code, "LDG"), widths(kernel.code, "STG")
-        features = item["length"]
-        if not item["vector"]:
-            assert 128 not in loads + stores, f"{item['name']}: a wide access over the end of a group"
-        elif kernel.name == "forward_kernel":
-            assert loads == [128] * (FORWARD_ACCESSES * features), item["name"]  # and nothing is loaded twice
-        elif kernel.name == "backward_squares_kernel":
-            assert 128 in stores, item["name"]
-            assert [w for w in loads if w < 64] == [], item["name"]  # 64: the coefficients
-        elif kernel.name == "backward_signs_kernel":
-            assert set(stores) == {128}, item["name"]
-        elif kernel.name == "pair_norms_kernel":
-            assert loads.count(128) == item["accesses"], item["name"]  # in a loop of PAIR_PARTS
-        elif kernel.name == "scale_kernel":  # length: tensors read
-            assert loads.count(128) >= item["accesses"] * features, item["name"]
-            assert stores.count(128) == item["accesses"], item["name"]
-
-
-def test_triton_forward_kernels_need_no_barrier(triton_kernels: list[tuple[dict[str, Any], Kernel]]) -> None:
-    """A program is a warp and its sums are shuffles."""
-    for item, kernel in triton_kernels:
-        if kernel.name == "forward_kernel" and item["vector"]:
-            slow = [i for i in kernel.code if i.startswith(("BAR", "LDS", "STS"))]
-            assert not slow, f"{item['name']}: {slow[:3]}"
-
-
-def test_one_triton_kernel_serves_all_sizes_and_alignments() -> None:
-    """A launch compiles for its dtype, number of features and VECTOR, not for values or addresses."""
-    pytest.importorskip("triton")
-    code = """
-import torch
-from machine_code import recorded_launches, specialization
-from ffr_ext.kernels import flow
-
-def keys(numel, offsets, groups=1):
-    stage = [torch.empty(numel + 1)[o:][:numel] for o in offsets]
-    stats = torch.empty(5 * groups, dtype=torch.float64)
-    signs = torch.empty(3 * flow.plane_bytes(numel) if groups == 1 else 0, dtype=torch.uint8)
-    with recorded_launches() as launches:
-        flow.flow_forward(stage, [4], [groups], groups > 1, stats, signs)
-        read = stage if groups > 1 else []
-        flow.flow_backward(read, signs, stats, [4], [numel], [groups], groups > 1, stage)
-    return [specialization(launch) for launch in launches]
-
-aligned = [0, 0, 0, 0]
-assert keys(4096, aligned) == keys(1 << 20, aligned) == keys(4096, [0, 0, 1, 1]) == keys(8000, [1, 0, 0, 0])
-assert keys(4097, aligned) == keys(999, [1, 1, 1, 0]) != keys(4096, aligned)
-assert keys(4096, [0] * 4, groups=2) == keys(8192, [0] * 4, groups=16)
-"""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-if __name__ == "__main__":
-    compile_triton(int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1], Path(sys.argv[2]))
+    for source in SOURCES:
+        for kernel in kernels[arch, source]:
+            if source != "filters":
+                assert kernel.registers <= 128, f"{kernel.name}: {kernel.registers} registers"

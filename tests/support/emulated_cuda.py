@@ -17,6 +17,7 @@ SOURCES = [
     ROOT / "tests/support/cuda_on_cpu/entry.cpp",
     ROOT / "csrc/cuda/flow_forward.cu",
     ROOT / "csrc/cuda/flow_backward.cu",
+    ROOT / "csrc/cuda/flow_backward_at.cu",
     ROOT / "csrc/cuda/filters.cu",
     ROOT / "csrc/cuda/group_norms.cu",
     ROOT / "csrc/cuda/group_scaling.cu",
@@ -40,6 +41,7 @@ ENTRIES = [
     "row_column_norms",
     "scale",
     "take_blocks",
+    "take_shuffles",
 ]
 # Set in a process that has loaded the address sanitizer before everything else.
 SANITIZED = "FFR_EXT_TEST_SANITIZED"
@@ -175,6 +177,10 @@ class EmulatedKernels:
     def blocks(self) -> int:
         """Of all launches since the last question."""
         return int(self.library.take_blocks())
+
+    def shuffles(self) -> int:
+        """Of the threads of all launches since the last question."""
+        return int(self.library.take_shuffles())
 
     def compact_filters(
         self, tensors: list[Tensor], keep: list[Tensor], dims: list[int], outs: list[Tensor]

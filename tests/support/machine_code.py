@@ -2,71 +2,45 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 
-class Resources(NamedTuple):
-    """Of one kernel, per thread (shared: per block), as `cuobjdump --dump-resource-usage` reports them."""
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from sass import Instruction, cuobjdump, listings, resources  # noqa: E402
 
+
+class Kernel(NamedTuple):
+    name: str
     registers: int
-    stack: int  # bytes of local memory the ABI reserves: arrays indexed at run time, calls
+    stack: int
     local: int
-    shared: int
+    code: list[Instruction]
+
+    @classmethod
+    def all_of(cls, cubin: Path) -> list[Kernel]:
+        code = listings(cubin)
+        return [cls(name, r.registers, r.stack, r.local, code[name]) for name, r in resources(cubin).items()]
+
+    def assert_no_slow_memory(self) -> None:
+        assert self.stack == 0, f"{self.name}: {self.stack} bytes of stack"
+        assert self.local == 0, f"{self.name}: {self.local} bytes of local memory"
+        spilled = [i for i in self.code if i.kind in ("LDL", "STL")]
+        assert not spilled, f"{self.name}: {len(spilled)} accesses to local memory"
+
+    def widths(self, kind: str) -> list[int]:
+        """Bits of every global load (LDG) or store (STG)."""
+        return [i.width for i in self.code if i.kind == kind]
 
 
-def cuobjdump() -> str | None:
-    """The disassembler of the CUDA toolkit, or the one in Triton's wheel."""
-    try:
-        import triton
-
-        packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if packaged.exists():
-            return str(packaged)
-    except ImportError:
-        pass
-    return shutil.which("cuobjdump")
-
-
-def _dump(cubin: Path, what: str) -> str:
-    command = [cuobjdump() or "cuobjdump", what, str(cubin)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def resources(cubin: Path) -> dict[str, Resources]:
-    """Resource usage of every kernel of a cubin, by its (mangled) name."""
-    report = _dump(cubin, "--dump-resource-usage")
-    found = {}
-    for name, usage in re.findall(r"Function (\S+?):\s+(REG:.*)", report):
-        number = dict(re.findall(r"([A-Z]+):(\d+)", usage))
-        found[name] = Resources(
-            int(number["REG"]), int(number["STACK"]), int(number["LOCAL"]), int(number["SHARED"])
-        )
-    return found
-
-
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """The instructions of every kernel of a cubin with their modifiers (LDG.E.128), in program order."""
-    found: dict[str, list[str]] = {}
-    for part in _dump(cubin, "--dump-sass").split("Function : ")[1:]:
-        name = part.split(maxsplit=1)[0]
-        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", part)
-    return found
-
-
-def widths(code: list[str], kind: str) -> list[int]:
-    """Bits of every global load (LDG) or store (STG)."""
-    found = []
-    for instruction in code:
-        if instruction.split(".")[0] == kind:
-            width = re.search(r"\.(U?8|U?16|S8|S16|64|128)\b", instruction)
-            found.append(int(width[1].strip("US")) if width else 32)
-    return found
+needs_cuobjdump = pytest.mark.skipif(
+    cuobjdump() is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton"
+)
 
 
 @contextmanager

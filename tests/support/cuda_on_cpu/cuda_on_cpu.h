@@ -42,7 +42,7 @@ class Grid {
 
   Index thread_index, block_index;
   uint64_t exchange[1024];  // a slot per thread, for shuffles
-  int64_t launches = 0, blocks = 0;
+  int64_t launches = 0, blocks = 0, shuffles = 0;  // shuffles: of single threads
   std::vector<double> dynamic_shared;
 
  private:
@@ -130,15 +130,17 @@ inline void Grid::wait(bool whole_block) {
   swapcontext(&fibers_[self]->context, &scheduler_);
 }
 
+// The value of the warp's lane `source`.
 template <typename T>
-T shuffle_xor(T value, int mask) {
+T shuffle(T value, unsigned source) {
   static_assert(sizeof(T) <= 8, "");
   Grid& grid = Grid::instance();
   const unsigned self = grid.thread_index.x;
+  ++grid.shuffles;
   memcpy(&grid.exchange[self], &value, sizeof(T));
   grid.wait(false);
   T result;
-  memcpy(&result, &grid.exchange[self ^ static_cast<unsigned>(mask)], sizeof(T));
+  memcpy(&result, &grid.exchange[self / 32 * 32 + source], sizeof(T));
   grid.wait(false);
   return result;
 }
@@ -156,7 +158,11 @@ inline void __syncthreads() { cuda_on_cpu::Grid::instance().wait(true); }
 inline void __syncwarp() { cuda_on_cpu::Grid::instance().wait(false); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return cuda_on_cpu::shuffle_xor(value, mask);
+  return cuda_on_cpu::shuffle(value, threadIdx.x % 32 ^ static_cast<unsigned>(mask));
+}
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return cuda_on_cpu::shuffle(value, static_cast<unsigned>(source));
 }
 inline void __trap() { cuda_on_cpu::fail("the kernel stopped itself"); }
 

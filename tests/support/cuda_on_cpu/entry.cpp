@@ -109,6 +109,13 @@ int64_t take_blocks() {
   return blocks;
 }
 
+// Shuffles of all threads since the last question.
+int64_t take_shuffles() {
+  const int64_t shuffles = cuda_on_cpu::Grid::instance().shuffles;
+  cuda_on_cpu::Grid::instance().shuffles = 0;
+  return shuffles;
+}
+
 int64_t compact_filters(int64_t count, const int64_t* element_sizes, const int64_t* splits, void** sources,
                         void** keeps, const int64_t* num_keep, void** targets) {
   std::vector<ffr::GatherTensor> tensors;
