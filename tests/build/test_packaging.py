@@ -173,6 +173,28 @@ def test_find_torch_says_what_is_wrong(tmp_path: Path, version_py: str | None, m
     assert re.search(message, done.stderr)
 
 
+OLD_SETUPTOOLS = """
+import runpy, sys, setuptools
+setuptools.__version__ = "65.5.0"  # what a new environment of Python 3.11 holds: without a command that makes wheels
+hidden = ["setuptools.command.bdist_wheel", *sys.argv[1:2]]
+sys.modules.update(dict.fromkeys(hidden))  # None: cannot be imported
+sys.argv = ["setup.py", "dist_info", "--help"]
+runpy.run_path(SETUP, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("missing", [["wheel"], []], ids=["without wheel", "with wheel"])
+def test_a_setuptools_that_cannot_make_wheels_is_told_what_helps(tmp_path: Path, missing: list[str]) -> None:
+    """`pip install --no-build-isolation` checks no version, and would end in `invalid command 'bdist_wheel'`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"SETUP = {str(ROOT / 'setup.py')!r}{OLD_SETUPTOOLS}", *missing],
+        cwd=tmp_path, env={**os.environ, "FFR_EXT_BUILD": "off"}, capture_output=True, text=True,
+    )  # fmt: skip
+    message = "setuptools 65.5.0 needs the package wheel to make one; .*pip install -U setuptools"
+    assert bool(re.search(message, done.stderr)) == bool(missing), done.stderr
+    assert (done.returncode == 0) != bool(missing), done.stderr
+
+
 # -------------------------------------------------------------------------------------------- what is shipped
 
 
