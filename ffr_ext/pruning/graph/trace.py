@@ -226,20 +226,21 @@ def _place(error: Exception, model: nn.Module) -> str:
     return ""
 
 
+# What torch.export writes into the path where the forward calls the layers of a part of a Sequential, which keep their
+# names: `for layer in self.layers[:-1]`.
+_PART = re.compile(r"\.slice\([^)]*\)")
+
+
 def module_path(node: Node) -> str:
     """The path of the innermost module whose forward made this node; "" is the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry in stack.values():
-        path = entry[0]
     # A module called a second time has the path "name@1".
-    return re.sub(r"@\d+", "", path)
+    return re.sub(r"@\d+", "", (module_paths(node) or [""])[-1])
 
 
 def module_paths(node: Node) -> list[str]:
     """The paths of all modules the node is inside of, outermost first, calls told apart ("name@1")."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [entry[0] for entry in stack.values()]
+    return [_PART.sub("", entry[0]) for entry in stack.values()]
 
 
 def op_name(node: Node) -> str:

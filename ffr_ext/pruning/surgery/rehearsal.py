@@ -46,6 +46,7 @@ class _Call:
     taken: tuple[int, ...] | None = None  # shape of its only tensor among the inputs
     given: tuple[int, ...] | None = None  # shape of its result, if that is a tensor
     nodes: list[Node] = field(default_factory=list)
+    sources: list[Node] = field(default_factory=list)  # what comes in
     source: Node | None = None
     result: Node | None = None
 
@@ -121,15 +122,12 @@ class Rehearsal:
     def _assign(self, call: _Call, nodes: list[Node]) -> None:
         graph, members = self.solver.analysis.graph, set(nodes)
         call.nodes = nodes
-        sources = {
-            a
-            for n in nodes
-            for a in n.all_input_nodes
-            if a not in members and a not in graph.tensor_names and a not in graph.constants
-        }
+        outside = [a for n in nodes for a in n.all_input_nodes if a not in members]
+        sources = [a for a in outside if a not in graph.tensor_names and a not in graph.constants]
+        call.sources = list(dict.fromkeys(sources))
         results = [n for n in nodes if any(user not in members for user in n.users)]
-        if len(sources) == 1 and self._shape(next(iter(sources)), None) == call.taken:
-            call.source = sources.pop()
+        if len(call.sources) == 1 and self._shape(call.sources[0], None) == call.taken:
+            call.source = call.sources[0]
         if len(results) == 1 and self._shape(results[0], None) == call.given:
             call.result = results[0]
 
@@ -189,10 +187,12 @@ class Rehearsal:
         return found
 
     def _own_flows(self, call: _Call) -> list[tuple[Flow, list[int]]]:
-        """What the nodes of a call's own code read and make, those of calls inside it left out."""
+        """What comes in (its sizes are asked for: `x.shape`), and what the nodes of a call's own code read and make,
+        those of calls inside it left out."""
         inside = {n for child in call.children for n in child.nodes}
         own = [n for n in call.nodes if n not in inside]
-        flows = [self.made.get(m) for n in own for m in [*n.all_input_nodes, n]]
+        flows = [self.made.get(m) for m in call.sources]
+        flows += [self.made.get(m) for n in own for m in [*n.all_input_nodes, n]]
         return [(f, list(range(f.rank))) for f in flows if isinstance(f, Flow)]
 
     def _families(self, flow: Flow, dims: list[int], removed: Tensor) -> set[int]:

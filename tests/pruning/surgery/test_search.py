@@ -66,6 +66,28 @@ class StoredView(nn.Module):
         return x + self.merge(out.view(-1, self.config.c, *x.shape[2:]))
 
 
+class OwnWidth(nn.Module):
+    """Another tensor in the shape of what comes in, as in the attention of YOLO: both have to have all channels."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
+        self.mix = Mixing(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.merge(self.mix(self.norm(self.expand(x)).relu()))
+
+
+class Mixing(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.value = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.value(x).flatten(2).softmax(1)
+        return value.view(x.shape)
+
+
 class Followed(nn.Module):
     """Parts of sizes that the forward computes: they may shrink."""
 
@@ -112,7 +134,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("block", [StoredSplit, StoredWidth, StoredView])
+@pytest.mark.parametrize("block", [StoredSplit, StoredWidth, StoredView, OwnWidth])
 @pytest.mark.parametrize("depth", [1, 12])
 def test_stored_sizes_of_any_number_of_blocks_take_as_many_copies(
     block: type[nn.Module], depth: int, counted: dict[str, int]
