@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -22,18 +23,19 @@ def library(name: str) -> ModuleType:
     """The module `name`; ImportError where it is missing."""
     if name in sys.modules:
         return sys.modules[name]
-    with _on_path(str(FOLDER)):
+    with folder_on_path():
         _declare_what_torchvision_lacks()
         return importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _on_path(folder: str) -> Any:
-    sys.path.append(folder)
+def folder_on_path() -> Iterator[None]:
+    """Inside, the folder is the last place that modules and their versions are looked for in."""
+    sys.path.append(str(FOLDER))
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(FOLDER))
 
 
 def _declare_what_torchvision_lacks() -> None:
