@@ -3,9 +3,3 @@
 `zoo` says which (and `small_transformers` in which configurations), `libraries` finds where they are installed, `protocol` is what
 is done to each and what is recorded, `main` keeps the rows in a CSV and draws the table by family.
 """
-
-from __future__ import annotations
-
-from .main import main
-
-__all__ = ["main"]

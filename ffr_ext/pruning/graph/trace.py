@@ -197,6 +197,9 @@ _REMEDY_OF_NONE = (
 )
 
 
+_OURS = Path(__file__).parents[2]  # of this package: modes that watch the trace
+
+
 def _looks_at_values(error: Exception) -> bool:
     return _LOOKS_AT_VALUES.search(f"{type(error).__name__} {error}") is not None
 
@@ -215,9 +218,9 @@ def _reason(error: Exception, model: nn.Module) -> str:
 def _place(error: Exception, model: nn.Module) -> str:
     """The line of the model's code where it happened: as torch.export names it, or the innermost one in a file that
     defines one of the model's own modules."""
-    at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', str(error))
-    if at:
-        return f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})"
+    for at in re.finditer(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', str(error)):
+        if not Path(at[1]).is_relative_to(_OURS):
+            return f" ({Path(at[1]).name}:{at[2]}, in {at[3]}: {at[4].strip()})"
     kinds = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
     files = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in kinds}
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
