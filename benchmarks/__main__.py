@@ -5,6 +5,7 @@ python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write
 python -m benchmarks loss --processes 5       medians over fresh processes
 python -m benchmarks step --device cuda
 python -m benchmarks arena --help             which method, for which budget, at what cost
+python -m benchmarks networks --help          what compact makes of networks of four libraries, at what cost
 python -m benchmarks report     tables, plots and the README's table from the results on disk
 """
 
@@ -57,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .arena import main as arena  # trains: needs the examples' networks and data
 
         return arena.main(given[1:])
+    if given[:1] == ["networks"]:
+        from .networks import main as networks  # reads torchvision, timm and others, where they are installed
+
+        return networks.main(given[1:])
     options = parser.parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -166,10 +166,23 @@ def masks_as_given() -> Iterator[None]:
 
 class AssumeRows(TorchFunctionMode):
     """Inside, a traced tensor whose size depends on values is taken to have at least one row, so that a forward that
-    skips what nothing is sent to can be traced. Without the means to say so nothing is assumed."""
+    skips what nothing is sent to can be traced; and a loop over the places where a mask of one dimension is true goes
+    over all of them. Without the means to say so nothing is assumed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places: list[tuple[Tensor, int]] = []  # what nonzero gave -> the length of its mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.unbind and (length := self._length(args[0])) is not None:  # what `for` calls
+            return tuple(torch.tensor([place], device=args[0].device) for place in range(length))
+        if func is Tensor.__format__ and args[0].dim() == 0:  # f"expert_{place}": a traced one has no number
+            return format(args[0].item(), *args[1:])
         result = func(*args, **(kwargs or {}))
+        if func in (Tensor.nonzero, torch.nonzero) and args and isinstance(result, Tensor):
+            length = args[0].shape[0] if args[0].dim() == 1 else None
+            if isinstance(length, int) and not isinstance(result.shape[0], int):
+                self._places.append((result, length))
         check = getattr(torch, "_check", None)
         if check is not None:
             for leaf in tree_leaves(result):
@@ -177,3 +190,6 @@ class AssumeRows(TorchFunctionMode):
                     if not isinstance(size, int):
                         check(size > 0)
         return result
+
+    def _length(self, tensor: Tensor) -> int | None:
+        return next((length for places, length in self._places if places is tensor), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffr_ext
@@ -169,6 +170,37 @@ def test_assume_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(Assuming()(x), Skipping()(x)), "outside of a trace it changes nothing"
     monkeypatch.delattr(torch, "_check")
     assert torch.equal(Assuming()(x), Skipping()(x))
+
+
+def test_assume_rows_of_a_loop() -> None:
+    class Looping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(3)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = x.sum(-1).relu().long().clamp(max=2)
+            hit = F.one_hot(chosen, 3).sum(0).greater(0).nonzero()
+            for place in hit:
+                mask = (chosen == place).unsqueeze(-1)
+                x = x + mask * self.layers[f"layer_{place[0]}"](x)
+            return x
+
+    class Assuming(Looping):
+        def forward(self, x: Tensor) -> Tensor:
+            with _torch.AssumeRows():
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Assuming(), torch.randn(4, 2)
+    with torch.no_grad():  # as in `trace`: with gradients, a traced number is none
+        program = torch.export.export(model, (x,), strict=False)
+    linear = [n for n in program.graph.nodes if str(n.target).startswith("aten.linear")]
+    assert len(linear) == 3, "all places, whichever are hit"
+    looping = Looping()
+    looping.load_state_dict(model.state_dict())
+    torch.testing.assert_close(program.module()(x), looping(x))
+    torch.testing.assert_close(model(x), looping(x))
 
 
 def test_masks_as_given(monkeypatch: pytest.MonkeyPatch) -> None:

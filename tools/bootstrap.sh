@@ -78,6 +78,14 @@ if [ -n "$own" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
     echo "$torch" >>"$pins"
   fi
   pip install --quiet -c "$pins" torch "${files[@]}"
+  # Their tests are skipped without them. In a folder of their own, see there; the pinned torchvision fits the pinned torch.
+  if [ -z "$own" ] && [[ " $* " = *" test "* ]]; then
+    rm -rf .venv/vision
+    if grep -qxF "${torch%%+*}" requirements/constraints.txt; then
+      pip install --quiet --no-deps --target .venv/vision -c "$pins" -r requirements/vision.txt ||
+        say "going on without torchvision and timm"
+    fi
+  fi
   [ -n "$own" ] || echo "$state" >"$stamp"
 fi
 

@@ -169,8 +169,14 @@ def experts_that_stay(solver: Solver) -> list[str]:
     as_they_are = {p for p in unknown if "experts" in p.split(".") or f"{p}.experts" in graph.modules}
     because = "because which tokens an expert gets depends on values"
     found = []
-    if cut := graph.experts - as_they_are:
+    if cut := graph.experts - as_they_are - graph.parts:
         found.append(f"{_listed(cut)}: all experts stay, {because}; their dead hidden units leave")
+    if parts := graph.parts - as_they_are:
+        found.append(
+            f"{_listed(parts)}: all experts stay, {because}; their weights are read part by part, so that the hidden "
+            "units leave that are dead in all of them (each loses its own where "
+            "set_experts_implementation('grouped_mm') of transformers can be set)"
+        )
     if as_they_are:
         found.append(f"{_listed(as_they_are)}: the experts stay as they are, {because}")
     if graph.assumed:

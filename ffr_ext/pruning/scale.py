@@ -164,8 +164,11 @@ def pair_by_graph(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     several: set[str] = set()
     first = {id(m): n for n, m in reversed(list(model.named_modules()))}
 
-    def canonical(path: str) -> str:
-        return first[id(model.get_submodule(path))]
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def canonical(path: str) -> str | None:
+        """None for a module that the forward makes, as `self.layers[:2]` does."""
+        return first[id(modules[path])] if path in modules else None
 
     # A copy: what a forward keeps would stay in the model as a tensor without data.
     for node in trace(copy_without_hooks(model), args, kwargs).nodes:
@@ -175,7 +178,9 @@ def pair_by_graph(model: nn.Module, example_inputs: Any) -> dict[str, str]:
         if not isinstance(source, fx.Node) or source.op != "call_function" or len(source.users) != 1:
             continue
         layer, norm = canonical(module_path(source)), canonical(module_path(node))
-        if _fits(model.get_submodule(layer), model.get_submodule(norm)):
+        if layer is None or norm is None:
+            continue
+        if _fits(modules[layer], modules[norm]):
             if pairs.get(layer, norm) != norm or norm in {n for k, n in pairs.items() if k != layer}:
                 several.add(layer)
             pairs[layer] = norm

@@ -3,6 +3,8 @@ shapes, in eval mode; where training mode uses more of the model, that has to ru
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class Check:
         self._double: list[list[Tensor]] | None = None  # the source's outputs in float64
         self._not_in_double: str | None = None
         self._rounding: dict[float, float] = {}  # errors that are large by rounding -> the same in float64
-        self._in_training_too = False
+        self.in_training_too = False
 
     def _run_on_random_inputs(self) -> None:
         """Whole numbers stay those of the example where the source takes them in that order only (sorted lengths)."""
@@ -63,7 +65,7 @@ class Check:
     def require_training_mode(self) -> str | None:
         """From now on candidates have to run in training mode too. If the source does not, its error instead."""
         failure = failure_in_training_mode(self.source, *self.calls[0])
-        self._in_training_too = failure is None
+        self.in_training_too = failure is None
         return failure
 
     def error(self, candidate: nn.Module) -> float:
@@ -73,7 +75,7 @@ class Check:
             _difference(reference, self._run(candidate, call))
             for call, reference in zip(self.calls, self.references, strict=True)
         )
-        if self._in_training_too and (failure := failure_in_training_mode(candidate, *self.calls[0])):
+        if self.in_training_too and (failure := failure_in_training_mode(candidate, *self.calls[0])):
             raise Mismatch(f"in training mode, {failure}")
         return largest
 
@@ -237,16 +239,25 @@ def unreached_parameters(graph: TracedGraph, model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if graph.name_of[name] not in read]
 
 
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode and no gradients inside. What a forward pass changes then (counts, statistics) stays
+    so."""
+    gpus = {p.device.index for p in model.parameters() if p.is_cuda}
+    with evaluating(model):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.SyncBatchNorm)  # which would wait for the other ranks
+        # Dropout draws from the generators, and leaves them as they were.
+        with torch.random.fork_rng(gpus, device_type="cuda"):
+            yield
+
+
 def failure_in_training_mode(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """What a forward pass in training mode raises, if anything. Of the model nothing changes."""
     trial = deep_copy(model)  # a forward pass in training mode counts batches and keeps statistics
     args, kwargs = map_tensors(Tensor.clone, (args, kwargs))
-    for module in trial.modules():
-        module.training = not isinstance(module, nn.SyncBatchNorm)  # which would wait for the other ranks
-    gpus = {p.device.index for p in trial.parameters() if p.is_cuda}
     try:
-        # Dropout draws from the generators, and leaves them as they were.
-        with torch.no_grad(), torch.random.fork_rng(gpus, device_type="cuda"):
+        with training(trial):
             trial(*args, **kwargs)
     except OUT_OF_MEMORY:
         raise

@@ -80,19 +80,31 @@ def test_no_test_needs_an_optional_package_to_be_collected(tmp_path: Path) -> No
     assert "tests/native/test_gpu.py::test_cuda_graph_replays_with_new_values" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["build", "demo", "test", "dev", "docs"])
-def test_every_requirement_of_make_is_pinned(name: str) -> None:
-    pins = {
-        requirement.name.lower()
+def pins() -> dict[str, str]:
+    return {
+        requirement.name.lower(): spec.version
         for line in (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
         for requirement in [Requirement(line)]
-        if [spec.operator for spec in requirement.specifier] == ["=="]
+        for spec in requirement.specifier
+        if spec.operator == "=="
     }
+
+
+@pytest.mark.parametrize("name", ["build", "demo", "test", "vision", "dev", "docs"])
+def test_every_requirement_of_make_is_pinned(name: str) -> None:
     lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
     wanted = {line.lower() for line in lines if line and not line.startswith(("#", "-"))}
     assert wanted
-    assert wanted <= pins
+    assert wanted <= pins().keys()
+
+
+def test_the_pinned_torchvision_is_made_for_the_pinned_torch() -> None:
+    """0.15 came with 2.0, and both count on together. Otherwise its models are skipped without a word."""
+    torch_version, vision_version = (pins()[name].split(".") for name in ("torch", "torchvision"))
+    assert vision_version[0] == "0"
+    assert torch_version[0] == "2"
+    assert int(vision_version[1]) == int(torch_version[1]) + 15
 
 
 def test_the_version_is_written_once() -> None:
@@ -159,6 +171,28 @@ def test_find_torch_says_what_is_wrong(tmp_path: Path, version_py: str | None, m
     )  # fmt: skip
     assert done.returncode == 1
     assert re.search(message, done.stderr)
+
+
+OLD_SETUPTOOLS = """
+import runpy, sys, setuptools
+setuptools.__version__ = "65.5.0"  # what a new environment of Python 3.11 holds: without a command that makes wheels
+hidden = ["setuptools.command.bdist_wheel", *sys.argv[1:2]]
+sys.modules.update(dict.fromkeys(hidden))  # None: cannot be imported
+sys.argv = ["setup.py", "dist_info", "--help"]
+runpy.run_path(SETUP, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("missing", [["wheel"], []], ids=["without wheel", "with wheel"])
+def test_a_setuptools_that_cannot_make_wheels_is_told_what_helps(tmp_path: Path, missing: list[str]) -> None:
+    """`pip install --no-build-isolation` checks no version, and would end in `invalid command 'bdist_wheel'`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"SETUP = {str(ROOT / 'setup.py')!r}{OLD_SETUPTOOLS}", *missing],
+        cwd=tmp_path, env={**os.environ, "FFR_EXT_BUILD": "off"}, capture_output=True, text=True,
+    )  # fmt: skip
+    message = "setuptools 65.5.0 needs the package wheel to make one; .*pip install -U setuptools"
+    assert bool(re.search(message, done.stderr)) == bool(missing), done.stderr
+    assert (done.returncode == 0) != bool(missing), done.stderr
 
 
 # -------------------------------------------------------------------------------------------- what is shipped

@@ -189,6 +189,29 @@ def test_structure_and_graph_agree() -> None:
     assert pair_by_structure(model) == pair_by_graph(model, torch.randn(X)) == expected
 
 
+@pytest.mark.parametrize("part", [slice(None, -1), slice(0, 3), slice(1, -1)])
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda layers: nn.Sequential(*layers)])
+def test_the_graph_knows_the_layers_of_a_part(kind: Any, part: slice) -> None:
+    """`for layer in self.layers[:-1]`, as in YOLO."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Identity(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)]
+            self.layers = kind(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[part]:
+                x = layer(x)
+            return self.layers[-1](x)
+
+    report = sparsity(Parts().eval(), example_inputs=torch.randn(X))
+    assert [(layer.name, layer.norm) for layer in report.layers] == [
+        ("layers.1", "layers.2"),
+        ("layers.3", None),
+    ]
+
+
 @pytest.mark.parametrize("name", ["resnet-bottleneck", "mobilenet-v2", "efficientnet"])
 def test_structure_and_graph_agree_on_models_of_others(name: str) -> None:
     pytest.importorskip("transformers")

@@ -1,5 +1,5 @@
-"""The models of torchvision and timm, where those are installed: which layers "auto" takes, and that `compact` keeps
-the outputs. Neither is needed for anything else here, so these tests are skipped without them."""
+"""The models of torchvision and timm: which layers "auto" takes, and that `compact` keeps the outputs. `make test`
+installs both for the torch that is pinned; with another one these tests are skipped where it has none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.networks.libraries import library
 from ffr_ext import FeatureFlow, compact
 
 from pruning_zoo import kill, largest_difference, outputs, randomize  # isort: skip
@@ -35,10 +36,13 @@ MODELS = {
 
 
 def make(name: str) -> nn.Module:
-    library, model = name.split("/")
-    module = pytest.importorskip(library)
+    origin, model = name.split("/")
+    try:
+        module = library(origin)
+    except ImportError as error:
+        pytest.skip(str(error))
     torch.manual_seed(0)
-    if library == "torchvision":
+    if origin == "torchvision":
         return module.models.get_model(model, num_classes=10)
     return module.create_model(model, num_classes=10)
 

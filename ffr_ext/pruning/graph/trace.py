@@ -6,8 +6,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +38,9 @@ class TracedGraph:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # placeholder -> a tensor made in forward
     assumed: bool = False  # some rows are there wherever values say how many
     experts: set[str] = field(default_factory=set)  # modules whose children values choose among
+    parts: set[str] = field(
+        default_factory=set
+    )  # of those, the ones that read one tensor of all experts part by part
     # A tensor of all experts -> its parts in `tensors`, and what its sizes have to be multiples of.
     stacks: dict[str, list[str]] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
@@ -106,7 +112,7 @@ def _returning_tensors(
 
     @functools.wraps(forward)
     def returning(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with inside(), unpacked(model), _torch.masks_as_given():
+        with inside(), unpacked(model), _torch.masks_as_given(), _casts_to_what_is():
             return output_tensors(forward(*args, **kwargs))
 
     model.forward = returning
@@ -117,6 +123,24 @@ def _returning_tensors(
             del model.forward
         else:
             model.forward = own
+
+
+@contextlib.contextmanager
+def _casts_to_what_is() -> Iterator[None]:
+    """Inside, a module that the forward casts to the dtype and device that it has (as routers of experts do with
+    `self.classifier.to(self.dtype)`) is left alone: while torch.export traces, torch cannot exchange its parameters."""
+    cast = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        tensors = [t for _, t in all_tensors(module)]
+        same = all(t.to(*args, **kwargs) is t for t in tensors if t.is_floating_point())
+        return module if same else cast(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = cast  # type: ignore[method-assign]
 
 
 def _give_sizes(graph: TracedGraph) -> None:
@@ -134,6 +158,7 @@ def _give_sizes(graph: TracedGraph) -> None:
             node.meta["val"] = _torch.map_tensors(_with_sizes, node.meta["val"])
         if depends and any(_is_part_of_a_stack(graph, source) for source in node.all_input_nodes):
             graph.experts.add(module_path(node))
+            graph.parts.add(module_path(node))
     for path in routed - others:
         container = path.rpartition(".")[0]
         if isinstance(graph.modules.get(container), nn.ModuleList | nn.ModuleDict):
@@ -166,10 +191,13 @@ _REMEDY = (
     "with options that avoid it, or compact the submodule that holds the layers"
 )
 
-_REMEDY_OF_EXPERTS = (
-    "the experts are called in a loop over those that get tokens: model.set_experts_implementation('grouped_mm') takes "
-    "them all at once and computes the same; after the compaction it can be set back"
+_REMEDY_OF_NONE = (
+    "the model runs on them, but while torch.export traces, libraries leave out what they make otherwise, such as the "
+    "mask of a call without one: give it in example_inputs (attention_mask=, decoder_attention_mask= of transformers)"
 )
+
+
+_OURS = Path(__file__).parents[2]  # of this package: modes that watch the trace
 
 
 def _looks_at_values(error: Exception) -> bool:
@@ -181,29 +209,41 @@ def _reason(error: Exception, model: nn.Module) -> str:
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     first = re.split(r"(?<=[.!])\s|\s+\(Size-like", first)[0]
-    at = re.search(r'File "[^"]*?([^"/]+)", line (\d+), in (\w+)\n\s*(.+)', text)
-    place = f" ({at[1]}:{at[2]}, in {at[3]}: {at[4].strip()})" if at else ""
-    said = f"{type(error).__name__}: {first}{place}"
-    if not _looks_at_values(error):
-        return said
-    of_experts = hasattr(model, "set_experts_implementation") and "xpert" in place  # transformers
-    return f"{said}; {_REMEDY_OF_EXPERTS if of_experts else _REMEDY}"
+    said = f"{type(error).__name__}: {first}{_place(error, model)}"
+    if _looks_at_values(error):
+        return f"{said}; {_REMEDY}"
+    return f"{said}; {_REMEDY_OF_NONE}" if "NoneType" in first else said
+
+
+def _place(error: Exception, model: nn.Module) -> str:
+    """The line of the model's code where it happened: as torch.export names it, or the innermost one in a file that
+    defines one of the model's own modules."""
+    for at in re.finditer(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', str(error)):
+        if not Path(at[1]).is_relative_to(_OURS):
+            return f" ({Path(at[1]).name}:{at[2]}, in {at[3]}: {at[4].strip()})"
+    kinds = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
+    files = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in kinds}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f" ({Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line})"
+    return ""
+
+
+# What torch.export writes into the path where the forward calls the layers of a part of a Sequential, which keep their
+# names: `for layer in self.layers[:-1]`.
+_PART = re.compile(r"\.slice\([^)]*\)")
 
 
 def module_path(node: Node) -> str:
     """The path of the innermost module whose forward made this node; "" is the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry in stack.values():
-        path = entry[0]
     # A module called a second time has the path "name@1".
-    return re.sub(r"@\d+", "", path)
+    return re.sub(r"@\d+", "", (module_paths(node) or [""])[-1])
 
 
 def module_paths(node: Node) -> list[str]:
     """The paths of all modules the node is inside of, outermost first, calls told apart ("name@1")."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [entry[0] for entry in stack.values()]
+    return [_PART.sub("", entry[0]) for entry in stack.values()]
 
 
 def op_name(node: Node) -> str:

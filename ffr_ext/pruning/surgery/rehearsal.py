@@ -12,6 +12,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..graph.solver import Solver
 from ..graph.trace import module_paths
 
 Forward = Callable[..., Any]
+Mode = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class _Call:
     taken: tuple[int, ...] | None = None  # shape of its only tensor among the inputs
     given: tuple[int, ...] | None = None  # shape of its result, if that is a tensor
     nodes: list[Node] = field(default_factory=list)
+    sources: list[Node] = field(default_factory=list)  # what comes in
+    givers: list[_Call] = field(default_factory=list)  # the calls whose results come in
     source: Node | None = None
     result: Node | None = None
 
@@ -54,11 +58,18 @@ class Rehearsal:
     """Runs candidates that were cut from `base`, the model that the solver's graph was traced from."""
 
     def __init__(
-        self, solver: Solver, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        solver: Solver,
+        base: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        mode: Mode = evaluating,
     ) -> None:
+        """`mode` is that of the runs. The graph is that of eval mode; of what training mode calls besides, it is known
+        what comes in, where that is what another module gives."""
         self.solver = solver
         self.made = solver.analysis.made
-        self.args, self.kwargs = args, kwargs
+        self.args, self.kwargs, self.mode = args, kwargs, mode
         self.calls = self._run_of_source(base)  # of the model itself: one
         self._assign_nodes(base)
 
@@ -69,16 +80,20 @@ class Rehearsal:
     def _run_of_source(self, base: nn.Module) -> list[_Call]:
         top = _Call("")
         stack = [top]
+        givers: list[tuple[Tensor, _Call]] = []  # results, and the calls that gave them
 
         def call(path: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             own = _Call(path)
             stack[-1].children.append(own)
             stack.append(own)
+            tensors = _tensors((args, kwargs))
+            own.givers = [call for tensor, call in givers for t in tensors if t is tensor]
             try:
                 result = forward(*args, **kwargs)
             finally:
                 stack.pop()
-            tensors = _tensors((args, kwargs))
+            if isinstance(result, Tensor):
+                givers.append((result, own))
             own.taken = tuple(tensors[0].shape) if len(tensors) == 1 else None
             own.given = tuple(result.shape) if isinstance(result, Tensor) else None
             return result
@@ -121,15 +136,12 @@ class Rehearsal:
     def _assign(self, call: _Call, nodes: list[Node]) -> None:
         graph, members = self.solver.analysis.graph, set(nodes)
         call.nodes = nodes
-        sources = {
-            a
-            for n in nodes
-            for a in n.all_input_nodes
-            if a not in members and a not in graph.tensor_names and a not in graph.constants
-        }
+        outside = [a for n in nodes for a in n.all_input_nodes if a not in members]
+        sources = [a for a in outside if a not in graph.tensor_names and a not in graph.constants]
+        call.sources = list(dict.fromkeys(sources))
         results = [n for n in nodes if any(user not in members for user in n.users)]
-        if len(sources) == 1 and self._shape(next(iter(sources)), None) == call.taken:
-            call.source = sources.pop()
+        if len(call.sources) == 1 and self._shape(call.sources[0], None) == call.taken:
+            call.source = call.sources[0]
         if len(results) == 1 and self._shape(results[0], None) == call.given:
             call.result = results[0]
 
@@ -189,10 +201,13 @@ class Rehearsal:
         return found
 
     def _own_flows(self, call: _Call) -> list[tuple[Flow, list[int]]]:
-        """What the nodes of a call's own code read and make, those of calls inside it left out."""
+        """What comes in (its sizes are asked for: `x.shape`), and what the nodes of a call's own code read and make,
+        those of calls inside it left out."""
         inside = {n for child in call.children for n in child.nodes}
         own = [n for n in call.nodes if n not in inside]
-        flows = [self.made.get(m) for n in own for m in [*n.all_input_nodes, n]]
+        entering = call.sources or [g.result for g in call.givers if g.result is not None]
+        flows = [self.made.get(m) for m in entering]
+        flows += [self.made.get(m) for n in own for m in [*n.all_input_nodes, n]]
         return [(f, list(range(f.rank))) for f in flows if isinstance(f, Flow)]
 
     def _families(self, flow: Flow, dims: list[int], removed: Tensor) -> set[int]:
@@ -217,7 +232,7 @@ class Rehearsal:
 
     def _run(self, model: nn.Module, call: Callable[..., Any]) -> None:
         args, kwargs = map_tensors(Tensor.clone, (self.args, self.kwargs))
-        with evaluating(model), _intercepted(model, call):
+        with self.mode(model), _intercepted(model, call):
             try:
                 model(*args, **kwargs)
             except OUT_OF_MEMORY:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch import hooks
-from ...models import copy_without_hooks
+from ...models import copy_without_hooks, evaluating
 from ..graph.analysis import Analysis
 from ..graph.branches import dead_branches
 from ..graph.experts import unrolled
 from ..graph.solver import Options, Solver
 from ..graph.trace import trace
-from ..verify import Check, Mismatch, unreached_parameters
+from ..verify import Check, Mismatch, training, unreached_parameters
 from .attributes import Sizes
 from .compose import compose, may_continue, removed_by
 from .make_plan import make_plan
 from .plan import CompactionPlan, source_shapes
-from .rehearsal import Incident, Rehearsal
+from .rehearsal import Incident, Mode, Rehearsal
 
 # Each round removes something, so they end anyway. Among 200 random graphs none needed more than two.
 MAX_ROUNDS = 8
@@ -166,7 +166,7 @@ class Search:
     def _largest(self, solver: Solver, forbidden: Tensor, confirm: Callable[[nn.Module], float]) -> _Removal:
         """The removal of as many families of channels, none of them `forbidden`, as `confirm` gives an error for
         instead of Mismatch; the others go into `forbidden`."""
-        rehearsal: Rehearsal | None = None
+        rehearsals: list[Rehearsal] = []
         while True:
             removed, plan, candidate = self._candidate(solver, forbidden)
             try:
@@ -179,16 +179,23 @@ class Search:
                         f"compact: an exact copy of {type(self.model).__name__} does not give its outputs a second "
                         f"time: {mismatch}"
                     ) from mismatch
-            if rehearsal is None:
-                base = self._cut(CompactionPlan(self.source, replaced=self.replaced))
-                rehearsal = Rehearsal(solver, base, self.args, self.kwargs)
-            incidents = rehearsal.incidents(candidate, removed)
-            needed = self._needed(solver, forbidden, rehearsal, incidents)
+            rehearsals = rehearsals or self._rehearsals(solver)
+            needed: dict[int, str] = {}
+            for rehearsal in rehearsals:
+                if not needed:
+                    incidents = rehearsal.incidents(candidate, removed)
+                    needed = self._needed(solver, forbidden, rehearsal, incidents)
             if not needed:
                 return self._largest_by_halves(solver, forbidden, confirm)
             for family, problem in needed.items():
                 self.notes.append(_cannot_leave(solver, family, problem))
                 forbidden |= solver.family == family
+
+    def _rehearsals(self, solver: Solver) -> list[Rehearsal]:
+        """In eval mode and, where the result has to run in training mode too, in that."""
+        modes: list[Mode] = [evaluating, training] if self.check.in_training_too else [evaluating]
+        plan = CompactionPlan(self.source, replaced=self.replaced)
+        return [Rehearsal(solver, self._cut(plan), self.args, self.kwargs, mode) for mode in modes]
 
     def _without_following(
         self,

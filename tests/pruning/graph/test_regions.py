@@ -94,3 +94,16 @@ def test_a_dead_block_with_a_region_is_replaced() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Block(), nn.Conv2d(8, 2, 3)).eval()
     result = compact(model, torch.randn(IMAGE), measure=False)
     assert isinstance(result.model[1], nn.Identity)
+
+
+def test_layers_that_the_forward_casts_to_what_they_are_do_not_stop_the_trace() -> None:
+    """Routers of experts do it. A trace cannot exchange parameters; where nothing changes there is nothing to do."""
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return model.b.to(torch.float32)(model.a.to(x.device, x.dtype)(x))
+
+    to = nn.Module.to
+    model = Net(forward, a=conv(3, 8, dead=slice(0, 3)), b=conv(8, 4)).eval()
+    result = compact(model, torch.randn(IMAGE), measure=False)
+    assert result.model.a.out_channels == 5
+    assert nn.Module.to is to

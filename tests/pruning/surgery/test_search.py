@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pruning_nets import Net, conv, linear
 from torch import Tensor, nn
 
@@ -66,6 +67,28 @@ class StoredView(nn.Module):
         return x + self.merge(out.view(-1, self.config.c, *x.shape[2:]))
 
 
+class OwnWidth(nn.Module):
+    """Another tensor in the shape of what comes in, as in the attention of YOLO: both have to have all channels."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.expand, self.norm, self.merge = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.Conv2d(c, c, 1)
+        self.mix = Mixing(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.merge(self.mix(self.norm(self.expand(x)).relu()))
+
+
+class Mixing(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.value = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.value(x).flatten(2).softmax(1)
+        return value.view(x.shape)
+
+
 class Followed(nn.Module):
     """Parts of sizes that the forward computes: they may shrink."""
 
@@ -112,7 +135,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("block", [StoredSplit, StoredWidth, StoredView])
+@pytest.mark.parametrize("block", [StoredSplit, StoredWidth, StoredView, OwnWidth])
 @pytest.mark.parametrize("depth", [1, 12])
 def test_stored_sizes_of_any_number_of_blocks_take_as_many_copies(
     block: type[nn.Module], depth: int, counted: dict[str, int]
@@ -148,6 +171,44 @@ def test_a_module_that_many_share_does_not_hide_the_place(counted: dict[str, int
         block.norm = nn.Sequential(block.norm, shared)
     result = compact(model, torch.randn(X), measure=False)
     assert [b.expand.out_channels for b in result.model[1:-1]] == [16, 16, 16, 12]
+    assert counted["halves"] == 0
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_only_training_mode_reads_is_found_without_halving(deep: bool, counted: dict[str, int]) -> None:
+    """Auxiliary classifiers, as GoogLeNet has two."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 2, 1)) if deep else nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(F.avg_pool2d(x, 2))
+
+    class Classifying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                conv(3, 8, 1, slice(0, 3)),
+                conv(8, 8, 1, slice(0, 3)),
+                conv(8, 8, 1, slice(0, 3)),
+                conv(8, 2, 1),
+            )
+            self.first, self.second = Auxiliary(), Auxiliary()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            a = self.a(x)
+            b = self.b(a.relu())
+            c = self.c(b.relu())
+            out = [self.d(c.relu())]
+            return [*out, self.first(a), self.second(c)] if self.training else out
+
+    torch.manual_seed(0)
+    model = Classifying().eval()
+    result = compact(model, torch.randn(X), measure=False)
+    assert [getattr(result.model, n).out_channels for n in "abc"] == [8, 5, 8]
+    assert len(result.model.train()(torch.randn(X))) == 3
     assert counted["halves"] == 0
 
 
