@@ -183,7 +183,11 @@ TABLES = {
     "died, fine-tuned": lambda rows: died_table(rows, finetuned=True),
     "budgets": budget_table,
     "short": lambda rows: died_table(
-        rows, methods=["none", "slimming", "group-lasso", "torch-pruning", "ffr", "ffr+slimming"]
+        rows,
+        methods=[
+            *("none", "slimming", "group-lasso", "torch-pruning"),
+            *("ffr", "ffr+slimming", "ffr+group-lasso"),
+        ],
     ),
 }
 _BLOCK = re.compile(

@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from ffr_ext.pruning import Compaction, prune_to, synthesize
 from ffr_ext.regularizers import OutInChannelLasso, ScaleLasso, SparseGroupLasso, Stress
 
-METHODS = ("ffr+slimming", "ffr", "group-lasso", "sgl-l0", "oicsr", "stress", "slimming", "none")
+METHODS = (
+    *("ffr+slimming", "ffr+group-lasso", "ffr"),
+    *("group-lasso", "sgl-l0", "oicsr", "stress", "slimming", "none"),
+)
 
 # Starting points for the digits; other data and learning rates want a sweep.
-WEIGHTS = {"ffr+slimming": 2e-2, "group-lasso": 2e-5, "sgl-l0": 2e-5, "oicsr": 1e-3, "slimming": 1e-3}
-FFR_WEIGHTS = {"ffr+slimming": 2.0, "ffr": 3.0}  # of length and curvature each
+WEIGHTS = {
+    "ffr+slimming": 2e-2,
+    "ffr+group-lasso": 2e-3,
+    "group-lasso": 2e-5,
+    "sgl-l0": 2e-5,
+    "oicsr": 1e-3,
+    "slimming": 1e-3,
+}
+FFR_WEIGHTS = {"ffr+slimming": 2.0, "ffr+group-lasso": 2.0, "ffr": 3.0}  # of length and curvature each
 
 # By what `prune_to` ranks channels: what the penalty drives down.
 ENERGIES = {"ffr+slimming": "scale", "ffr": "scale", "slimming": "scale", "oicsr": "paper"}
@@ -25,6 +35,8 @@ def make_regularizer(method: str, model: nn.Module, x: Tensor, weight: float = 0
     weight = weight or WEIGHTS.get(method, 0.0)
     if method == "ffr+slimming":
         return ScaleLasso(model, weight=weight)
+    if method == "ffr+group-lasso":
+        return SparseGroupLasso(model, weight=weight, sparse=None)
     if method == "slimming":
         return ScaleLasso(model, weight=weight, form="prox")
     if method in ("group-lasso", "sgl-l0"):

@@ -55,7 +55,7 @@ def test_every_method_ends_with_a_smaller_network(
     assert run.accuracy(fresh) > 0.15
 
 
-@pytest.mark.parametrize("method", ["stress", "sgl-l0", "ffr+slimming"])
+@pytest.mark.parametrize("method", ["stress", "sgl-l0", "ffr+slimming", "ffr+group-lasso"])
 def test_a_run_with_a_budget_resumes_bit_for_bit(method: str, tmp_path: Path, images: data.Images) -> None:
     """From before the cut, and from behind it."""
     config = train.Config(**{**SMALL, "method": method, "rounds": 1})
