@@ -13,7 +13,14 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+        *DOCS.glob("*.md"),
+        *(DOCS / "performance").glob("*.md"),
+    ]
+)
 
 
 def _blocks(page: Path, language: str) -> list[str]:

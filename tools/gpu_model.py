@@ -3,7 +3,7 @@
     python tools/gpu_model.py
 
 compiles csrc/cuda/flow_*.cu (needs nvcc and cuobjdump, no GPU), counts registers and instructions, and prints the
-tables of docs/performance-gpu.md. Two limits are looked at, as if each were alone and everything else perfect:
+tables of docs/performance/gpu.md. Two limits are looked at, as if each were alone and everything else perfect:
 
 - what a multiprocessor has in flight, over what its share of the memory delivers in a load's latency (Little's law);
 - the instructions that it can issue while its share of the memory moves an access, over those that it takes.

@@ -38,7 +38,7 @@ def test_an_access_must_be_issued_while_its_bytes_are_moved() -> None:
 
 
 def test_bytes_of_an_access_are_those_of_the_table_of_bytes() -> None:
-    """docs/performance-gpu.md: bytes per element."""
+    """docs/performance/gpu.md: bytes per element."""
     for dtype, elements, expected in [
         ("fp32", 128, (4.5, 4.5, 8, 9.5, 28)),
         ("bf16", 256, (2.5, 2.5, 4, 5.5, 14)),
