@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from language_inputs import DECODER, text, tokens
 from torch import Tensor, nn
 
 from ffr_ext import compact
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "pad_token_id": 0,
-}
+SMALL = {**DECODER, "head_dim": 4}
 ENCODER_DECODER = {
     "vocab_size": 50,
     "d_model": 16,
@@ -42,14 +34,6 @@ ENCODER_DECODER = {
     "eos_token_id": 0,
     "decoder_start_token_id": 0,
 }
-
-
-def tokens(length: int = 6) -> Tensor:
-    return torch.randint(50, (2, length))
-
-
-def text() -> dict[str, Tensor]:
-    return {"input_ids": tokens()}
 
 
 def both() -> dict[str, Tensor]:

@@ -7,29 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from language_inputs import DECODER, text, tokens
 from torch import Tensor, nn
 
 from ffr_ext import compact
 
 transformers = pytest.importorskip("transformers")
-
-OF_EXPERTS = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-
-
-def tokens(length: int = 6) -> Tensor:
-    return torch.randint(50, (2, length))
-
-
-def text() -> dict[str, Tensor]:
-    return {"input_ids": tokens()}
 
 
 class ModuleListExperts(nn.Module):
@@ -69,9 +52,7 @@ class ModuleListExperts(nn.Module):
 def mixtral(form: str = "grouped_mm") -> nn.Module:
     """Expert i of layer l has 8 + i dead units from the i-th on, dead in one of the three ways there are."""
     torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**OF_EXPERTS, num_local_experts=4)
-    ).eval()
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**DECODER, num_local_experts=4)).eval()
     with torch.no_grad():
         for layer in model.model.layers:
             experts = layer.mlp.experts
@@ -176,7 +157,7 @@ def test_interleaved_experts_with_biases_lose_their_dead_units(form: str, left: 
     strides of a grouped_mm are multiples of 16 bytes."""
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(**OF_EXPERTS, head_dim=4, num_local_experts=4, num_experts_per_tok=2)
+        transformers.GptOssConfig(**DECODER, head_dim=4, num_local_experts=4, num_experts_per_tok=2)
     ).eval()
     model.set_experts_implementation(form)
     with torch.no_grad():
@@ -200,7 +181,7 @@ def test_interleaved_experts_with_biases_lose_their_dead_units(form: str, left: 
 @pytest.mark.parametrize("name", ["Qwen2Moe", "Qwen3Moe", "Olmoe"])
 def test_other_mixtures(name: str) -> None:
     torch.manual_seed(0)
-    settings = {**OF_EXPERTS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    settings = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(**settings)
     ).eval()
