@@ -180,11 +180,7 @@ class Search:
                         f"time: {mismatch}"
                     ) from mismatch
             rehearsals = rehearsals or self._rehearsals(solver)
-            needed: dict[int, str] = {}
-            for rehearsal in rehearsals:
-                if not needed:
-                    incidents = rehearsal.incidents(candidate, removed)
-                    needed = self._needed(solver, forbidden, rehearsal, incidents)
+            needed = self._needed_in(rehearsals, solver, forbidden, candidate, removed)
             if not needed:
                 return self._largest_by_halves(solver, forbidden, confirm)
             for family, problem in needed.items():
@@ -196,6 +192,22 @@ class Search:
         modes: list[Mode] = [evaluating, training] if self.check.in_training_too else [evaluating]
         plan = CompactionPlan(self.source, replaced=self.replaced)
         return [Rehearsal(solver, self._cut(plan), self.args, self.kwargs, mode) for mode in modes]
+
+    def _needed_in(
+        self,
+        rehearsals: list[Rehearsal],
+        solver: Solver,
+        forbidden: Tensor,
+        candidate: nn.Module,
+        removed: Tensor,
+    ) -> dict[int, str]:
+        """Which families the forward code needs and why, in the first of the modes in which it says so."""
+        for rehearsal in rehearsals:
+            incidents = rehearsal.incidents(candidate, removed)
+            if needed := self._needed(solver, forbidden, rehearsal, incidents):
+                mode = "in training mode, " if rehearsal.mode is training else ""
+                return {family: mode + problem for family, problem in needed.items()}
+        return {}
 
     def _without_following(
         self,
