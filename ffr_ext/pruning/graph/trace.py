@@ -132,8 +132,10 @@ def _casts_to_what_is() -> Iterator[None]:
     cast = nn.Module.to
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # How images lie in memory makes no difference to what is traced.
+        wanted = {name: value for name, value in kwargs.items() if name != "memory_format"} | {"copy": False}
         tensors = [t for _, t in all_tensors(module)]
-        same = all(t.to(*args, **kwargs) is t for t in tensors if t.is_floating_point())
+        same = all(t.to(*args, **wanted) is t for t in tensors if t.is_floating_point())
         return module if same else cast(module, *args, **kwargs)
 
     nn.Module.to = to  # type: ignore[method-assign,assignment]

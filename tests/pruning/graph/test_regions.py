@@ -100,7 +100,8 @@ def test_layers_that_the_forward_casts_to_what_they_are_do_not_stop_the_trace() 
     """Routers of experts do it. A trace cannot exchange parameters; where nothing changes there is nothing to do."""
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
-        return model.b.to(torch.float32)(model.a.to(x.device, x.dtype)(x))
+        first = model.a.to(x.device, x.dtype).to(memory_format=torch.channels_last)
+        return model.b.to(torch.float32)(first(x))
 
     to = nn.Module.to
     model = Net(forward, a=conv(3, 8, dead=slice(0, 3)), b=conv(8, 4)).eval()
