@@ -10,7 +10,8 @@ import torch
 
 from ..reporting import results
 from . import pictures, report
-from .methods import ABLATION, ALL, METHODS
+from .ablation import ABLATION, ALL
+from .methods import METHODS
 from .runner import Arena
 from .training import Settings
 

@@ -29,6 +29,7 @@ class Method:
     make: Make = field(repr=False)
     weight_decay: Callable[[float], float] | None = None  # instead of the recipe's, by strength
     synthesis: bool = False  # generations: what survives is drawn (StressedNets)
+    ramp: float = 0.0  # share of the steps over which the penalty grows to its strength
 
     def refusal(self, model: nn.Module, example: Tensor) -> str:
         """Why it has nothing to do with such a network; empty where it has."""
@@ -149,39 +150,3 @@ METHODS = {
         Method("torch-pruning", "channels, coupled", (1e-4, 1e-3, 1e-2, 1e-1), torch_pruning),
     )
 }
-
-
-def _inner(model: nn.Module) -> list[str]:
-    """The batch norms inside the blocks, in depth order, and the points of the flow among them."""
-    chosen = set(flow_layers(model))
-    return [n for n, m in model.named_modules() if n in chosen or isinstance(m, nn.BatchNorm2d)]
-
-
-def _variant(name: str, kind: str, strengths: tuple[float, ...], **options: Any) -> Method:
-    def make(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
-        return ffr(model, example, strength, **options)
-
-    return Method(name, kind, strengths, make)
-
-
-def _inner_features(model: nn.Module, example: Tensor, strength: float) -> list[Any]:
-    return ffr(model, example, strength, layers=_inner(model))
-
-
-# FFR's own open choices; `ffr` itself is the reading that the package takes by default.
-ABLATION = {
-    method.name: method
-    for method in (
-        METHODS["ffr"],
-        _variant("ffr-l2", FEATURES, (1.0, 3.0, 6.0, 12.0), norm="l2"),
-        _variant("ffr-l2-squared", FEATURES, (1.0, 3.0, 6.0, 12.0), norm="l2_squared"),
-        _variant("ffr-angle", FEATURES, (0.1, 0.3, 1.0, 3.0), curvature_kind="angle"),
-        _variant("ffr-length-only", FEATURES, (1.0, 3.0, 6.0, 12.0), shares=(1.0, 0.0)),
-        _variant("ffr-curvature-only", FEATURES, (1.0, 3.0, 6.0, 12.0), shares=(0.0, 1.0)),
-        _variant("ffr-pool", FEATURES, (1.0, 3.0, 6.0, 12.0), transition="pool"),
-        Method("ffr-inner", "features, inner too", (0.1, 0.3, 1.0, 3.0), _inner_features),
-        Method("ffr-no-decay", FEATURES, (1.0, 3.0, 6.0, 12.0), ffr, weight_decay=lambda strength: 5e-4),
-    )
-}
-
-ALL = {**METHODS, **ABLATION}

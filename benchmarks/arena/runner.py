@@ -21,8 +21,8 @@ from torch import nn
 
 from examples.common.models import build
 
+from .ablation import ALL
 from .cost import latencies
-from .methods import ALL
 from .training import Settings, Split
 from .worker import FINAL, SEARCH
 
@@ -60,8 +60,10 @@ class Arena:
         return self.out / settings.key
 
     def strengths(self, method: str) -> list[float]:
-        """Those that are tried, without repetitions: `none` has nothing to search."""
-        return list(dict.fromkeys(ALL[method].strengths[: self.tries]))
+        """Those that are tried: of more than there are tries the middle ones. `none` has nothing to search."""
+        known = ALL[method].strengths
+        first = max(0, len(known) - self.tries) // 2
+        return list(known[first : first + self.tries])
 
     def run(self) -> None:
         """All of it; what is done already is skipped."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from examples.common.data import Images, batches, load
 from examples.common.models import build
 from ffr_ext.pruning import synthesize
+from ffr_ext.schedules import WeightSchedule
 
-from .methods import ALL, Method
+from .ablation import ALL
+from .methods import Method
 
 GENERATIONS = (0.4, 0.6, 0.8)  # of the epochs: after these StressedNets draws who survives
 
@@ -87,12 +89,15 @@ class Run:
         steps = -(-len(split.train[0]) // settings.batch_size) * settings.epochs
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings.lr, total_steps=steps)
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.ramp = int(self.method.ramp * steps)
         self.finished = 0
         self.seconds = 0.0
-        self.regularizers = self.new_regularizers()
+        self.renew_regularizers()
 
-    def new_regularizers(self) -> list[Any]:
-        return self.method.make(self.model, self.example, self.settings.strength)
+    def renew_regularizers(self) -> None:
+        """Those of the model as it is now."""
+        self.regularizers = self.method.make(self.model, self.example, self.settings.strength)
+        self.schedule = WeightSchedule(self.regularizers, ramp=self.ramp) if self.ramp else None
 
     def epoch(self) -> float:
         """Train for one epoch; the mean loss of the task."""
@@ -107,6 +112,8 @@ class Run:
         ):
             total += step(self.model, self.optimizer, self.regularizers, x, y) * len(y)
             self.scheduler.step()
+            if self.schedule is not None:
+                self.schedule.step()
         for regularizer in self.regularizers:
             regularizer.detach()
         self.finished += 1
@@ -120,7 +127,7 @@ class Run:
         generator = torch.Generator().manual_seed(1000 * self.settings.seed + self.finished)
         made = synthesize(self.model, self.example, optimizer=self.optimizer, generator=generator)
         self.model = made.model
-        self.regularizers = self.new_regularizers()
+        self.renew_regularizers()
 
     def train(self, folder: Path, report: Any = lambda run, loss: None) -> None:
         """Up to the last epoch, leaving a checkpoint after each."""
@@ -162,9 +169,11 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.finished, self.seconds = state["finished"], state["seconds"]
-        self.regularizers = self.new_regularizers()
+        self.renew_regularizers()
         for regularizer, kept in zip(self.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(kept)
+        if self.schedule is not None:
+            self.schedule.set(self.scheduler.last_epoch)
         return True
 
 

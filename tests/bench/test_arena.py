@@ -15,8 +15,9 @@ pytest.importorskip("sklearn")
 
 from benchmarks.__main__ import main
 from benchmarks.arena import report, worker
+from benchmarks.arena.ablation import ABLATION
 from benchmarks.arena.cuts import cuts_of, validation_rows, without_empty_blocks
-from benchmarks.arena.methods import ABLATION, METHODS
+from benchmarks.arena.methods import METHODS
 from benchmarks.arena.runner import ROOT, Arena
 from benchmarks.arena.training import Run, Settings, Split
 from examples.common.data import Images
@@ -106,7 +107,7 @@ def _pretend_mnist() -> Any:
     return Pretended()
 
 
-@pytest.mark.parametrize("name", ["ffr+slimming", "stressed-nets"])
+@pytest.mark.parametrize("name", ["ffr+slimming", "stressed-nets", "ffr-ramp"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(name: str, split: Split, tmp_path: Path) -> None:
     settings = replace(TINY, method=name, epochs=4)
     whole = Run(settings, split)
