@@ -1,8 +1,9 @@
-"""FFR's own open choices, and what its best recipe owes to which part; `ffr` itself is what the package does by default."""
+"""FFR's own open choices, and what its best recipe owes to which part; `ffr` itself is the package's default."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,9 +55,7 @@ class ChannelFlow(FeatureFlow):
         self._end_with_loss()
         features = [feature for _, feature in self.captured()]
         self.after_backward()
-        differences = [
-            b - a if a.shape == b.shape else None for a, b in zip(features, features[1:], strict=False)
-        ]
+        differences = [b - a if a.shape == b.shape else None for a, b in itertools.pairwise(features)]
         penalty = features[0].new_zeros(())
         for weight, terms in ((self.gradient, differences), (self.curvature, _second(differences))):
             for difference in terms:
@@ -66,7 +65,7 @@ class ChannelFlow(FeatureFlow):
 
 
 def _second(first: Sequence[Tensor | None]) -> list[Tensor | None]:
-    pairs = zip(first, first[1:], strict=False)
+    pairs = itertools.pairwise(first)
     return [None if a is None or b is None else b - a for a, b in pairs]
 
 

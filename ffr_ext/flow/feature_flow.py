@@ -18,6 +18,7 @@ from ..options import FlowOptions
 from ..regularizers.base import BaseRegularizer
 from ..stages import has_term
 from .describe import Description, describe
+from .hooks import watch_calls, watch_layers
 from .layers import LayerSpec, select_streams
 from .masks import MaskSelector, mask_selectors
 from .outputs import OutputSelector, output_selector
@@ -32,7 +33,7 @@ from .penalties import (
     times,
     total_of,
 )
-from .recorder import Recorder, State, watch_calls, watch_layers
+from .recorder import Recorder, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self needs Python 3.11
