@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: measure everything on this machine and write `benchmarks/results/`.
+"""`python -m benchmarks`: measure everything on this machine and write `benchmarks/results/`. Two more commands have
+options of their own: `python -m benchmarks arena --help`, `python -m benchmarks networks --help`.
 
 python -m benchmarks            all benchmarks, on the GPU if there is one, else on the CPU, then the report
 python -m benchmarks loss --only tiny3 resnet56 --modes both --no-write

@@ -1,7 +1,7 @@
 """Feature flow regularization with accelerate: attach before ``prepare``, add ``flow.loss()`` before
 ``backward``.
 
-pip install ffr-ext[hf,demo]
+pip install '.[hf,demo]'          # in a checkout
 python examples/accelerate_loop.py --epochs 2              # or: accelerate launch examples/accelerate_loop.py
 """
 

@@ -1,7 +1,7 @@
 """Feature flow regularization in the Hugging Face Trainer: a small Vision Transformer with random weights
 on digits.
 
-pip install ffr-ext[hf,demo]
+pip install '.[hf,demo]'          # in a checkout
 python examples/huggingface_vit.py --epochs 2
 """
 

@@ -1,7 +1,7 @@
 """Feature flow regularization in PyTorch Lightning: one callback, and the LightningModule knows nothing of
 it.
 
-pip install ffr-ext[lightning,demo]
+pip install '.[lightning,demo]'          # in a checkout
 python examples/lightning_digits.py --epochs 3
 """
 

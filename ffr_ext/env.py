@@ -21,7 +21,7 @@ def show_config(file: TextIO | None = None) -> None:
     """Print the versions, the native library, the devices and the state of every backend to ``file``
     (stdout).
 
-    The same as ``python -m ffr_ext info``. :func:`collect` returns it as a dictionary.
+    The same as ``python -m ffr_ext info``. ``ffr_ext.env.collect()`` returns it as a dictionary.
     """
     print(_text(collect()), file=file)
 

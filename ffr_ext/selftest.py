@@ -93,9 +93,8 @@ def selftest(backend: str | None = None, *, file: TextIO | None = None) -> SelfT
     """Compare the kernels of every available backend with the reference in float64, and print a table.
 
     Loss and gradients over dtypes, norms, layouts, ties and odd sizes; filter norms; compaction; scaling by rows and
-    columns. An error may be
-    as large as that of plain torch in the same dtype plus 8 units in the last place. The same as
-    `python -m ffr_ext selftest`, which exits with status 1 on a mismatch.
+    columns. An error may be as large as that of plain torch in the same dtype plus 8 units in the last place. The
+    same as `python -m ffr_ext selftest`, which exits with status 1 on a mismatch.
 
     Args:
         backend: only this one: "cpu", "cuda" or "triton"; default: all that are available here. With none at

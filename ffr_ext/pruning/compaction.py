@@ -57,7 +57,7 @@ def compact(
     Args:
         model: Any module that ``torch.export`` can trace. It is not changed, unless ``inplace``.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; their shapes are what is
-        traced.
+            traced.
         optimizer: The optimizer that trains ``model``. Its parameters and their state (of any optimizer whose
             state has its parameter's shape: SGD, Adam, AdamW, ...) are exchanged in place: it goes on with
             the result.

@@ -48,7 +48,7 @@ class CompactionReport:
         latency: (before, after) seconds of a forward pass on the example, medians of interleaved runs; None
             if it was not measured.
         max_error: Largest absolute difference between the outputs of the two models, on the example and on
-        random inputs.
+            random inputs.
         max_output: Largest absolute output, to judge `max_error` by.
         sets: The sets of channels, see `explain`.
         replaced: Modules that were dead as a whole -> the standard module that stands there now.

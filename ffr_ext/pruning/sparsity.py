@@ -26,10 +26,10 @@ class LayerSparsity:
         filters, zero_filters: Filters (output channels, output features), and those of an effective scale at
             or below the threshold.
         parameters: Weights, biases and those of the batch norm behind the layer; for the total those of the
-        model.
+            model.
         flops: Of one forward pass on the example inputs; None without them.
         norm: Path of the batch norm that the effective scale is read from; None where it is the filter's L2
-        norm.
+            norm.
     """
 
     name: str

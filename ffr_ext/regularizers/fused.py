@@ -49,7 +49,7 @@ def row_column_norms(
 
     Raises:
         TypeError: ``tensors`` is not a sequence of tensors. ValueError: another p, a dtype that is not listed, or a
-        tensor without dimensions.
+            tensor without dimensions.
     """
     weights = _weights("tensors", tensors)
     found = norms_along(weights, p, [-1 if w.ndim > 1 else 0 for w in weights], backend)

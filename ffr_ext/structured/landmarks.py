@@ -42,7 +42,7 @@ def landmark_errors(
 
     Raises:
         TypeError: no floating-point tensors. ValueError: shapes that do not fit, a point that is not there, NaN or
-        infinity, an empty box, or two eyes at one place.
+            infinity, an empty box, or two eyes at one place.
     """
     predicted, target = _points("predicted", predicted), _points("target", target)
     if predicted.shape != target.shape:

@@ -36,7 +36,7 @@ def split(x: Tensor, y: Tensor) -> Split:
 
     Raises:
         TypeError: no floating-point tensor. ValueError: different B, rows without elements, or a row of which a
-        part is NaN.
+            part is NaN.
     """
     missing_x, missing_y = _missing("x", x), _missing("y", y)
     if len(x) != len(y):

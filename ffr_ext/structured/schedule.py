@@ -47,7 +47,7 @@ class HoldThenFall:
 
     Raises:
         TypeError: a target that cannot be driven, or steps that are no number. ValueError: negative or broken
-        steps, an unknown shape or weight, ``stop`` not after ``fall_from``.
+            steps, an unknown shape or weight, ``stop`` not after ``fall_from``.
     """
 
     def __init__(

@@ -35,9 +35,10 @@ def compact_filters(
     Raises:
         TypeError: an argument is not a sequence of tensors.
         ValueError: ``keep`` is not 1-D int64, has a duplicate, or is not one per tensor; ``dim`` does not
-        exist.
+            exist.
         IndexError: an index is negative or too large.
-        All are raised before anything is computed.
+
+    All are raised before anything is computed.
     """
     sources = tensor_list("tensors", tensors)
     indices = tensor_list("keep", keep)

@@ -38,14 +38,14 @@ class CompactionPlan:
 
     Attributes:
         source: Name of each parameter and buffer of the model the plan is for -> its shape. Tied tensors
-        once.
+            once.
         cuts: Name of a tensor -> its cuts, one for each dimension that gets smaller.
         merges: Name of a weight -> the constant channels whose slices it adds to that of one that stays, before it is
             cut (see `Merge`).
         biases: Name of a bias -> what is added to its kept entries (constants of removed channels that its
             layer absorbs), and whether the bias has to be made first.
         attributes: Path of a module -> the attributes that say its sizes (``out_channels``, ...), and their
-        values.
+            values.
         replaced: Path of a module that is dead as a whole -> ``"Identity"`` or ``"Threshold"`` (gives zeros).
     """
 
