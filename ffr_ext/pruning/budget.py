@@ -104,7 +104,9 @@ def prune_to(
         solver = Solver(Analysis(graph, strict=True), Options(1, min_channels))
         groups = groups_of(model, solver, scope)
         if len(groups) == 0:
-            raise ValueError(f"model: prune_to finds no channel that may leave: {_reasons(groups)}")
+            coupled = len(groups_of(model, solver, "all")) if scope == "inner" else 0
+            hint = f"; scope='all' finds {coupled}, which additions couple" if coupled else ""
+            raise ValueError(f"model: prune_to finds no channel that may leave: {_reasons(groups)}{hint}")
         scores = _normalized(_scores(groups, solver, energy, example_inputs), groups, normalize)
         whole = {"flops": count_flops(model, args, kwargs), "parameters": count_parameters(model)}
         costs = Costs(solver, whole)

@@ -285,11 +285,26 @@ def test_an_unreachable_target_says_what_is_reachable_and_changes_nothing() -> N
     message = r"flops: 0\.1 of the model cannot be reached; with cap=0\.5.*the least is 0\.5\d"
     with pytest.raises(ValueError, match=message) as error:
         prune_to(model, IMAGE, flops=0.1, optimizer=optimizer)
+    assert str(error.value).endswith("; raise cap or prune in several rounds or take scope='all'")
     least = float(str(error.value).split("the least is ")[1].split(";")[0])
     result = prune_to(model, IMAGE, flops=least, measure=False)
     assert result.report.flops[1] / result.report.flops[0] == pytest.approx(least, abs=1e-4)
     assert fingerprint(model) == before
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_an_unreachable_target_advises_only_what_was_not_done() -> None:
+    with pytest.raises(ValueError, match=r"the least is [\d.]+$"):
+        prune_to(settled(Residual()), IMAGE, flops=1e-4, cap=1.0, scope="all", min_channels=2)
+
+
+def test_a_residual_stream_alone_is_refused_with_the_scope_that_takes_it() -> None:
+    model = Net(
+        lambda m, x: m.head(m.a(x) + m.b(x)), a=nn.Linear(8, 6), b=nn.Linear(8, 6), head=nn.Linear(6, 3)
+    )
+    with pytest.raises(ValueError, match="scope='all' finds 6, which additions couple"):
+        prune_to(model, torch.randn(2, 8), flops=0.5)
+    assert prune_to(model, torch.randn(2, 8), flops=0.5, scope="all").report.flops[1] > 0
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

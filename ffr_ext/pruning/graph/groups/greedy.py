@@ -62,13 +62,15 @@ class GreedySearch:
 
     def _refuse(self, order: list[list[int]], targets: Mapping[str, float]) -> None:
         least = self.costs.shares(self._removed(order))
+        ways = ["raise cap", "prune in several rounds"] if self.cap < 1 else []
+        ways += ["take scope='all'"] if self.groups.scope != "all" else []
+        advice = f"; {' or '.join(ways)}" if ways else ""
         for name, target in targets.items():
             if least[name] > target:
                 raise ValueError(
                     f"{name}: {target:g} of the model cannot be reached; with cap={self.cap:g}, "
                     f"scope={self.groups.scope!r}, min_channels={self.min_channels} and round_to={self.round_to} the "
-                    f"least is {math.ceil(least[name] * 1e4) / 1e4:g}; raise cap, prune in several rounds, or take "
-                    "scope='all'"
+                    f"least is {math.ceil(least[name] * 1e4) / 1e4:g}{advice}"
                 )
 
     def _order(self) -> list[list[int]]:
