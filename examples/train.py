@@ -361,13 +361,22 @@ def parser() -> argparse.ArgumentParser:
         "norm": list(NORMS),
         "backend": ["auto", *BACKENDS],
     }
+    own = "the method's own, see examples/common/methods.py"
+    notes = {
+        "weight": f"of a penalty of weights; 0: {own}; ",
+        "ffr_gradient": f"below 0: {own}; ",
+        "ffr_curvature": f"below 0: {own}; ",
+        "budget": "share of the FLOPs to come down to; 0: the network is not cut; ",
+        "rounds": "of cuts to the budget; ",
+        "threads": "0: what torch chooses; ",
+    }
     for field in fields(Config):
         arguments.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(field.default),
             default=field.default,
             choices=choices.get(field.name),
-            help=f"default {field.default!r}",
+            help=f"{notes.get(field.name, '')}default {field.default!r}",
         )
     arguments.add_argument(
         "--out", type=Path, default=Path("runs/train"), help="folder of the logs and the checkpoint"

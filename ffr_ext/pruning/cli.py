@@ -41,10 +41,10 @@ def add_compact(commands: Subparsers) -> None:
     _add_model(parser)
     _add_input(parser, required=True)
     parser.add_argument(
-        "--threshold", type=float, help="first zero the filters of at most this effective scale"
+        "--threshold", type=float, help="first zero the filters whose effective scale is at most this"
     )
     parser.add_argument("--round-to", type=int, default=1, help="keep multiples of this many channels (1)")
-    parser.add_argument("--min-channels", type=int, default=1, help="what a dead layer keeps (1)")
+    parser.add_argument("--min-channels", type=int, default=1, help="channels that a dead layer keeps (1)")
     parser.add_argument(
         "--not-strict", action="store_true", help="also remove what is not exact, and report the error"
     )
@@ -67,7 +67,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "model", help="what makes the model: package.module:function, called without arguments"
     )
     parser.add_argument(
-        "checkpoint", nargs="?", help="a state dict, read with weights_only=True; else as the model is made"
+        "checkpoint",
+        nargs="?",
+        help="file with a state dict, read with weights_only=True; without it: the model as made",
     )
     parser.add_argument("--key", help='where the state dict is in the checkpoint, such as "model"')
 
