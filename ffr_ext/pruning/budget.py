@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import at_least_one, check_choice
-from ..models import as_call, copy_without_hooks, deep_copy
+from ..models import as_call, deep_copy
 from .compaction import Compaction, compact
 from .graph.analysis import Analysis
 from .graph.groups import SCOPES, ChannelGroups, groups_of
 from .graph.groups.costs import Costs
 from .graph.groups.greedy import GreedySearch, channels_of
 from .graph.solver import Options, Solver
-from .graph.trace import trace
+from .graph.trace import trace_copy
 from .measure import count_flops, count_parameters
 from .ranks import check_same_on_all_ranks
 from .scale import channel_scales, find_layers
@@ -95,7 +95,7 @@ def prune_to(
     optimizer_state.check_optimizer(optimizer)
     args, kwargs = as_call(example_inputs)
     with check_same_on_all_ranks() as agree:
-        graph = trace(copy_without_hooks(model), args, kwargs)
+        graph = trace_copy(model, args, kwargs)
         if "flops" in targets and graph.experts:
             raise ValueError(
                 f"flops: {', '.join(sorted(graph.experts)[:3])} take as many tokens as values send them, so their "

@@ -16,7 +16,7 @@ from ..graph.analysis import Analysis
 from ..graph.branches import dead_branches
 from ..graph.experts import unrolled
 from ..graph.solver import Options, Solver
-from ..graph.trace import trace
+from ..graph.trace import check_own_tensors, trace
 from ..verify import Check, Mismatch, training, unreached_parameters
 from .attributes import Sizes
 from .compose import compose, may_continue, removed_by
@@ -147,6 +147,7 @@ class Search:
                 "remove_parametrizations)"
             ) from error
         graph = trace(base, self.args, self.kwargs)
+        check_own_tensors(graph, self.model)
         self._look_at_training_mode(unreached_parameters(graph, base))
         analysis = Analysis(unrolled(graph), strict=True)
         found = dead_branches(analysis)
