@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from .checks import check_choice
-from .regularizers.base import Regularizer
+from .regularizers.base import Regularizer, finite
 
 SHAPES = ("linear", "cosine", "exponential")
 # What an exponential ramp begins with, and a fall ends with. Our choice.
@@ -133,15 +133,20 @@ class WeightSchedule:
             target.enabled = factor != 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps taken. The settings belong to the code that resumes, as those of a learning-rate
-        scheduler do."""
-        return {"steps": self.steps}
+        """The steps taken, and the scales that the factor multiplies. The settings belong to the code that resumes, as
+        those of a learning-rate scheduler do."""
+        return {"steps": self.steps, "scales": list(self._full)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         if not isinstance(state, Mapping) or "steps" not in state:
             raise ValueError(f"state: expected what state_dict() returned, {{'steps': ...}}, got {state!r}")
-        self.set(state["steps"])
+        steps, full = _steps("steps", state["steps"]), state.get("scales", self._full)
+        if not isinstance(full, list | tuple) or len(full) != len(self.targets):
+            raise ValueError(f"state: expected the scales of {len(self.targets)} regularizers, got {full!r}")
+        # A regularizer whose own state was loaded before this schedule was made had the scale of a step then.
+        self._full = [finite("scales", scale) for scale in full]
+        self.set(steps)
 
 
 def _steps(name: str, value: Any) -> int:

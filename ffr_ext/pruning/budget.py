@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import at_least_one, check_choice
-from ..models import as_call, copy_without_hooks, deep_copy
+from ..models import as_call, deep_copy
 from .compaction import Compaction, compact
 from .graph.analysis import Analysis
 from .graph.groups import SCOPES, ChannelGroups, groups_of
 from .graph.groups.costs import Costs
 from .graph.groups.greedy import GreedySearch, channels_of
 from .graph.solver import Options, Solver
-from .graph.trace import trace
+from .graph.trace import trace_copy
 from .measure import count_flops, count_parameters
 from .ranks import check_same_on_all_ranks
 from .scale import channel_scales, find_layers
@@ -95,7 +95,7 @@ def prune_to(
     optimizer_state.check_optimizer(optimizer)
     args, kwargs = as_call(example_inputs)
     with check_same_on_all_ranks() as agree:
-        graph = trace(copy_without_hooks(model), args, kwargs)
+        graph = trace_copy(model, args, kwargs)
         if "flops" in targets and graph.experts:
             raise ValueError(
                 f"flops: {', '.join(sorted(graph.experts)[:3])} take as many tokens as values send them, so their "
@@ -126,35 +126,49 @@ def _cut(
     round_to: int,
     min_channels: int,
 ) -> Compaction:
-    """Zero a copy and compact it, again where channels stay or more FLOPs are left than was counted."""
+    """Zero a copy and compact it, again where channels stay or more is left than was counted."""
     wanted = dict(targets)
+    shares: dict[str, float] = {}
+    last: Tensor | None = None
     for _ in range(_MAX_SEARCHES):
         chosen = search.choose(wanted, said=targets)
-        zeroed = deep_copy(model)
-        search.groups.zero_(chosen, zeroed)
-        result = compact(
-            zeroed,
-            example_inputs,
-            round_to=round_to,
-            min_channels=min_channels,
-            inplace=True,
-            measure=measure,
-        )
-        stuck = _still_there(search.groups, chosen, result.plan)
-        if bool(stuck.any()):
-            search.forbid_families(stuck)
-            continue
-        shares = {
-            "flops": result.report.flops[1] / max(result.report.flops[0], 1),
-            "parameters": result.report.parameters[1] / result.report.parameters[0],
-        }
+        if last is None or not torch.equal(chosen, last):
+            last = chosen
+            zeroed = deep_copy(model)
+            search.groups.zero_(chosen, zeroed)
+            result = compact(
+                zeroed,
+                example_inputs,
+                round_to=round_to,
+                min_channels=min_channels,
+                inplace=True,
+                measure=measure,
+            )
+            stuck = _still_there(search.groups, chosen, result.plan)
+            if bool(stuck.any()):
+                search.forbid_families(stuck)
+                continue
+            shares = {
+                "flops": result.report.flops[1] / max(result.report.flops[0], 1),
+                "parameters": result.report.parameters[1] / result.report.parameters[0],
+            }
         missed = [name for name, target in targets.items() if shares[name] > target]
         if not missed:
             return result
         for name in missed:
             wanted[name] *= targets[name] / shares[name]
-    raise ValueError(
-        "prune_to: the model does not shrink as its channels do; use compact on zeroed channels instead"
+    raise ValueError(_out_of_reach(targets, shares, round_to, min_channels))
+
+
+def _out_of_reach(
+    targets: Mapping[str, float], shares: Mapping[str, float], round_to: int, min_channels: int
+) -> str:
+    asked = ", ".join(f"{name}: {target:g}" for name, target in targets.items())
+    left = ", ".join(f"{shares[name]:.4g} of the {name}" for name in targets if name in shares)
+    return (
+        f"{asked} of the model cannot be reached: the cut leaves {left or 'it as it is'}, since dead channels that "
+        f"stay (for round_to={round_to}, min_channels={min_channels}, the layers around) and biases that take up "
+        "constants count too; raise cap, or prune in several rounds"
     )
 
 

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..models import as_call, copy_without_hooks
+from ..models import as_call
 from .filters import BatchNorm, Layer, filter_dim
 from .graph.groups import ChannelGroups
 from .graph.states import on_cpu
-from .graph.trace import module_path, op_name, trace
+from .graph.trace import module_path, op_name, trace_copy
 from .norms import filter_norms
 
 
@@ -170,8 +170,7 @@ def pair_by_graph(model: nn.Module, example_inputs: Any) -> dict[str, str]:
         """None for a module that the forward makes, as `self.layers[:2]` does."""
         return first[id(modules[path])] if path in modules else None
 
-    # A copy: what a forward keeps would stay in the model as a tensor without data.
-    for node in trace(copy_without_hooks(model), args, kwargs).nodes:
+    for node in trace_copy(model, args, kwargs).nodes:
         if node.op != "call_function" or op_name(node) != "batch_norm":
             continue
         source = node.args[0]

@@ -110,6 +110,34 @@ def test_a_resumed_schedule_continues() -> None:
     assert flow.gradient == 4.0
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("schedule_first", [True, False])
+def test_a_resumed_regularizer_and_its_schedule_go_on_in_any_order(steps: int, schedule_first: bool) -> None:
+    """A regularizer's own state has the scale of a step, which is 0 while the schedule waits."""
+    saved = FeatureFlow(ResidualNet(2))
+    schedule = WeightSchedule(saved, wait=1, ramp=4)
+    schedule.set(steps)
+    states = saved.state_dict(), schedule.state_dict()
+    flow = FeatureFlow(ResidualNet(2))
+    if not schedule_first:
+        flow.load_state_dict(states[0])
+    resumed = WeightSchedule(flow, wait=1, ramp=4)
+    if schedule_first:
+        flow.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    assert flow.scale == saved.scale
+    for _ in range(4):
+        schedule.step()
+        resumed.step()
+        assert flow.scale == saved.scale > 0
+
+
+def test_a_state_without_scales_is_read_too() -> None:
+    resumed = WeightSchedule(FeatureFlow(ResidualNet(2)), wait=1, ramp=4)
+    resumed.load_state_dict({"steps": 3})
+    assert resumed.flow.scale == 0.75
+
+
 # --- describe -------------------------------------------------------------------------------------
 
 
@@ -172,6 +200,11 @@ def test_a_schedule_is_of_a_regularizer() -> None:
             r"state: expected what state_dict\(\) returned.*None",
         ),
         (lambda s: s.load_state_dict({"steps": 1.5}), ValueError, "steps: expected a whole number of steps"),
+        (
+            lambda s: s.load_state_dict({"steps": 2, "scales": [1.0, 1.0]}),
+            ValueError,
+            "state: expected the scales of 1 regularizers",
+        ),
     ],
 )
 def test_a_wrong_step_changes_nothing(change: Any, error: type[Exception], message: str) -> None:

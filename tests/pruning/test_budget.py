@@ -13,7 +13,8 @@ from pruning_models import Residual, fingerprint, settled
 from pruning_nets import Net
 from torch import nn
 
-from ffr_ext.pruning import channel_groups, prune_to
+from ffr_ext import compact
+from ffr_ext.pruning import budget, channel_groups, prune_to
 from ffr_ext.pruning.measure import count_flops, count_parameters
 
 IMAGE = torch.randn(2, 3, 8, 8)
@@ -232,6 +233,49 @@ def test_dead_channels_leave_first_and_count() -> None:
     result = prune_to(model, IMAGE, flops=1.0, measure=False)
     assert result.model[3].out_channels == 9
     assert result.model[0].out_channels == 8
+
+
+def with_dead_constants() -> nn.Module:
+    """Four of eight channels are 0.3, in front of a padded convolution: three leave, and one carries them all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[1].weight[:4] = 0
+        model[0].weight[:4] = 0
+        model[1].bias[:4] = 0.3
+    return model.eval()
+
+
+@pytest.mark.parametrize(("flops", "options"), [(0.3, {}), (0.5, {"cap": 1.0, "round_to": 4})])
+def test_the_carrier_of_dead_constants_is_not_taken_for_a_channel_that_may_leave(
+    flops: float, options: dict[str, Any]
+) -> None:
+    """Another of the dead ones would have to stay in its place."""
+    before, after = prune_to(
+        with_dead_constants(), IMAGE, flops=flops, scope="all", measure=False, **options
+    ).report.flops
+    assert after <= flops * before
+
+
+def test_where_the_cut_leaves_more_than_was_counted_the_message_says_how_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Absorbed constants make biases that nobody counted. One cut is enough to find out."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 40, 1, bias=False))
+    cuts = []
+    monkeypatch.setattr(budget, "compact", lambda *a, **k: cuts.append(1) or compact(*a, **k))
+    with pytest.raises(ValueError, match=r"the least is 0\.5;"):
+        prune_to(model, IMAGE, parameters=0.01, measure=False)
+    with pytest.raises(
+        ValueError, match=r"parameters: 0\.5 of the model .* leaves 0\.6136 of the parameters"
+    ) as error:
+        prune_to(model, IMAGE, parameters=0.5, measure=False)
+    assert len(cuts) == 1
+    assert "raise cap" in str(error.value)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -13,6 +13,7 @@ from pruning_models import Block, Residual, X, dead, difference, fingerprint
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, compact
+from ffr_ext.pruning import prune_to
 
 
 def test_counts_are_the_analytic_ones() -> None:
@@ -52,6 +53,33 @@ def test_the_random_state_is_untouched() -> None:
     state = torch.random.get_rng_state()
     compact(model, x, measure=False)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """Constants behind padding are carried, and 0.3 is no number of bfloat16."""
+
+    class Filled(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = super().forward(x + torch.full_like(x, 0.3))
+            return result
+
+    torch.manual_seed(0)
+    model, x = Filled().eval(), torch.randn(X)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.bn1.weight[:5] = 0
+            block.bn1.bias[:5] = 0.3
+    torch.set_default_dtype(dtype)
+    try:
+        result = compact(model, x, measure=False)
+        smaller = prune_to(model, x, flops=0.7, measure=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [block.conv1.out_channels for block in result.model.blocks] == [8, 8]
+    assert smaller.report.flops[1] <= 0.7 * smaller.report.flops[0]
+    assert result.model.blocks[0].conv1.weight.dtype == torch.float32
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [True, False])

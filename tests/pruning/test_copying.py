@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
+
+import pytest
 import torch
 from pruning_models import X, dead, difference
 from torch import Tensor, nn
 
-from ffr_ext import compact, zero_small_filters
+from ffr_ext import compact, sparsity, zero_small_filters
 from ffr_ext.models import copy_without_hooks, deep_copy
+from ffr_ext.pruning import channel_groups, prune_to
 
 
 def test_features_that_a_forward_has_kept_come_along_without_their_graphs() -> None:
@@ -66,3 +71,54 @@ def test_hooks_that_watch_stay_with_the_source() -> None:
     )
     model(torch.randn(1, 2)).sum().backward()
     assert seen == ["object", "method", "function", "object"]
+
+
+def doubled(model: nn.Module) -> None:
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+
+
+def compiled(model: nn.Module) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def doubled_inside(model: nn.Module) -> None:
+    doubled(model.get_submodule("2"))
+
+
+FUNCTIONS = {
+    "compact": lambda model, x: compact(model, x, measure=False),
+    "compact in place": lambda model, x: compact(model, x, measure=False, inplace=True),
+    "prune_to": lambda model, x: prune_to(model, x, flops=0.9, measure=False),
+    "channel_groups": channel_groups,
+    "sparsity": lambda model, x: sparsity(model, example_inputs=x),
+}
+
+
+def conv_net() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model[0].weight.data[:3], model[0].bias.data[:3] = 0, 0
+    return model.eval()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("wrap", [doubled, compiled, doubled_inside])
+def test_a_forward_that_a_copy_would_share_is_refused(
+    wrap: Callable[[nn.Module], None], function: str
+) -> None:
+    """The copy would compute with the weights of the original, whatever becomes of its own."""
+    model = conv_net()
+    wrap(model)
+    with pytest.raises(
+        ValueError, match=r"^model: a copy of Sequential computes with \S+weight.* of the original"
+    ):
+        FUNCTIONS[function](model, torch.randn(2, 3, 9, 9))
+
+
+def test_a_forward_that_is_bound_to_its_module_is_copied() -> None:
+    """As accelerate and many patches do it."""
+    model, x = conv_net(), torch.randn(2, 3, 9, 9)
+    model.forward = types.MethodType(lambda self, x: 2 * nn.Sequential.forward(self, x), model)
+    result = compact(model, x, measure=False).model
+    assert result.get_parameter("0.weight").shape[0] == 5
+    torch.testing.assert_close(result(x), model(x))

@@ -75,7 +75,7 @@ class Carriers:
     def __init__(self, analysis: Analysis, reads: Sequence[Located], absorbing: dict[int, Tensor]) -> None:
         self.mergeable = _mergeable(analysis)
         count = 1 + max((int(i.max()) for _, i, _ in reads if i.numel()), default=0)
-        self._reach = torch.zeros(count)  # at how many reads the channel could carry
+        self._reach = torch.zeros(count, dtype=torch.float32)  # at how many reads the channel could carry
         for read, inputs, _ in reads:
             able = self.mergeable[id(read)] & ~absorbing[id(read)]
             self._reach.index_add_(0, inputs, able.float())
@@ -114,7 +114,8 @@ class Carriers:
         size = (size / size[entry.blocked].max()).float()
         able = self.mergeable[id(entry.read)] & among[entry.inputs] & (size * LARGEST_FACTOR >= 1)
         channels, position = entry.inputs[able].unique(return_inverse=True)  # the same one can be there twice
-        least = torch.full((len(channels),), torch.inf).scatter_reduce_(0, position, size[able], "amin")
+        least = torch.full((len(channels),), torch.inf, dtype=size.dtype)
+        least.scatter_reduce_(0, position, size[able], "amin")
         return channels, least
 
     def assign(self, read: Read, inputs: Tensor, carried: Tensor, removed: Tensor) -> Merged:

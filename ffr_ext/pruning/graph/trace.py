@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ... import _torch
-from ...models import OUT_OF_MEMORY, all_tensors, canonical_names, evaluating, output_tensors
+from ...models import (
+    OUT_OF_MEMORY,
+    all_tensors,
+    canonical_names,
+    copy_without_hooks,
+    evaluating,
+    output_tensors,
+)
 from .inline import inlined
 from .packed import unpacked
 
@@ -83,6 +90,27 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tr
             graph.constants[node] = exported.constants[lifted[node.name]]
     _give_sizes(graph)
     return graph
+
+
+def trace_copy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedGraph:
+    """`trace` of a copy: what a forward keeps would stay in the model as a tensor without data."""
+    graph = trace(copy_without_hooks(model), args, kwargs)
+    check_own_tensors(graph, model)
+    return graph
+
+
+def check_own_tensors(graph: TracedGraph, source: nn.Module) -> None:
+    """ValueError where a copy of `source`, whose graph this is, computes with the tensors of `source` itself."""
+    of_source = {t.data_ptr(): name for name, t in all_tensors(source) if t.numel()}
+    shared = [of_source[t.data_ptr()] for t in graph.constants.values() if t.data_ptr() in of_source]
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        raise ValueError(
+            f"model: a copy of {type(source).__name__} computes with {', '.join(shared[:3])}{more} of the original: it "
+            "keeps a function that refers to the original's modules, which copying does not replace. Take it off "
+            "first: a forward that was wrapped, as model.forward = torch.compile(model.forward) does, or a lambda that "
+            "calls self"
+        )
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

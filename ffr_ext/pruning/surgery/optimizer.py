@@ -82,6 +82,17 @@ class Carried:
                 "optimizer: none of the model's parameters is in it; pass the optimizer that trains this "
                 "model"
             )
+        if cuts or gone:
+            self._check_no_flat_state(optimizer)
+
+    def _check_no_flat_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """LBFGS keeps one history of all parameters, as the state of the first one, which need not be cut itself."""
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        elements = sum(p.numel() for p in every)
+        for name, state in self._states.items():
+            for key, value in state.items():
+                if len(every) > 1 and isinstance(value, Tensor) and value.shape == (elements,):
+                    raise OptimizerError(_refusal(optimizer, key, name, "a vector of all parameters"))
 
     def jobs(self) -> list[tuple[Tensor, Sequence[Cut]]]:
         return self._jobs
@@ -100,7 +111,9 @@ class Carried:
             return
         for group in optimizer.param_groups:
             parameters: list[Tensor] = []
-            for parameter in group["params"]:
+            kept_names: list[str] = []  # where the optimizer was given named parameters
+            given_names = group.get("param_names") or [""] * len(group["params"])
+            for parameter, given in zip(group["params"], given_names, strict=True):
                 name = self._names.get(id(parameter))
                 if name in self._gone:
                     optimizer.state.pop(parameter, None)
@@ -113,10 +126,20 @@ class Carried:
                     parameters.append(replaced)
                 else:
                     parameters.append(parameter)
-                parameters += [
-                    bias for bias, weight in added.values() if weight is parameter and bias.requires_grad
-                ]
-            group["params"] = parameters
+                kept_names.append(given)
+                for bias_name, (bias, weight) in added.items():
+                    if weight is parameter and bias.requires_grad:
+                        parameters.append(bias)
+                        kept_names.append(_sibling(given, bias_name))
+            group["params"][:] = parameters  # the list itself: LBFGS has a reference to it
+            if "param_names" in group:
+                group["param_names"][:] = kept_names
+
+
+def _sibling(given: str, name: str) -> str:
+    """What the optimizer calls the bias `name`, by what it calls the weight of the same layer."""
+    prefix, dot, _ = given.rpartition(".")
+    return f"{prefix}{dot}{name.rpartition('.')[2]}"
 
 
 def _refusal(optimizer: torch.optim.Optimizer, key: str, name: str, what: str) -> str:

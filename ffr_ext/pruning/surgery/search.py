@@ -16,13 +16,17 @@ from ..graph.analysis import Analysis
 from ..graph.branches import dead_branches
 from ..graph.experts import unrolled
 from ..graph.solver import Options, Solver
-from ..graph.trace import trace
+from ..graph.trace import check_own_tensors, trace
 from ..verify import Check, Mismatch, training, unreached_parameters
 from .attributes import Sizes
 from .compose import compose, may_continue, removed_by
 from .make_plan import make_plan
+from .other_sizes import OtherSizes
 from .plan import CompactionPlan, source_shapes
 from .rehearsal import Incident, Mode, Rehearsal
+
+# The error of a candidate cut by a plan; Mismatch where it is none.
+Confirm = Callable[[nn.Module, CompactionPlan], float]
 
 # Each round removes something, so they end anyway. Among 200 random graphs none needed more than two.
 MAX_ROUNDS = 8
@@ -58,6 +62,7 @@ class Search:
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.check, self.options = check, options
+        self.other_sizes = OtherSizes(model, args, kwargs)
         self.source = source_shapes(model)
         self.notes: list[str] = []
         self.replaced: Mapping[str, str] = {}  # dead branches
@@ -82,7 +87,7 @@ class Search:
                     break
                 plan = compose(found.plan, last.plan)
                 candidate = self._cut(plan)
-                error = self.check.require_equal(candidate) if strict else self.check.error(candidate)
+                error = (self._require_equal if strict else self._error)(candidate, plan)
             except (Mismatch, ValueError):
                 break  # no trace of the smaller model, or no single plan: what is found so far holds
             removed = removed_by(found.solver, plan)
@@ -102,17 +107,26 @@ class Search:
         forbidden = torch.zeros(len(solver.sets), dtype=torch.bool, device="cpu")
         for axis in self.needed & solver.axes.keys():
             forbidden[solver.axes[axis]] = True
-        found = self._largest(solver, forbidden, self.check.require_equal)
+        found = self._largest(solver, forbidden, self._require_equal)
         if not strict:
             # What the forward code forbids is found with exact removals, where a difference means a mistake; here
             # only a forward that fails does.
             exact, solver = solver, Solver(Analysis(analysis.graph, strict=False), self.options)
             forbidden = solver.translate(forbidden, exact)
-            found = self._largest(solver, forbidden, self.check.error)
+            found = self._largest(solver, forbidden, self._error)
         self.needed |= {axis for axis, channels in solver.axes.items() if bool(forbidden[channels].any())}
         for channel in (forbidden & ~solver.sets.pinned).nonzero().flatten().tolist():
             solver.reasons.setdefault(channel, "the forward code depends on its size")
         return Found(found.candidate, found.plan, found.error, solver, found.removed, self.notes)
+
+    def _require_equal(self, candidate: nn.Module, plan: CompactionPlan) -> float:
+        error = self.check.require_equal(candidate)
+        if plan.biases or plan.merges:  # only constants other than 0 can be those of one size
+            self.other_sizes.require_equal(candidate)
+        return error
+
+    def _error(self, candidate: nn.Module, plan: CompactionPlan) -> float:
+        return self.check.error(candidate)
 
     def _cut(self, plan: CompactionPlan) -> nn.Module:
         candidate = copy_without_hooks(self.model)
@@ -133,6 +147,7 @@ class Search:
                 "remove_parametrizations)"
             ) from error
         graph = trace(base, self.args, self.kwargs)
+        check_own_tensors(graph, self.model)
         self._look_at_training_mode(unreached_parameters(graph, base))
         analysis = Analysis(unrolled(graph), strict=True)
         found = dead_branches(analysis)
@@ -163,14 +178,14 @@ class Search:
             return False
         return True
 
-    def _largest(self, solver: Solver, forbidden: Tensor, confirm: Callable[[nn.Module], float]) -> _Removal:
+    def _largest(self, solver: Solver, forbidden: Tensor, confirm: Confirm) -> _Removal:
         """The removal of as many families of channels, none of them `forbidden`, as `confirm` gives an error for
         instead of Mismatch; the others go into `forbidden`."""
         rehearsals: list[Rehearsal] = []
         while True:
             removed, plan, candidate = self._candidate(solver, forbidden)
             try:
-                return _Removal(removed, plan, candidate, confirm(candidate))
+                return _Removal(removed, plan, candidate, confirm(candidate, plan))
             except Mismatch as mismatch:
                 if (unled := self._without_following(solver, removed, confirm)) is not None:
                     return unled
@@ -213,7 +228,7 @@ class Search:
         self,
         solver: Solver,
         removed: Tensor,
-        confirm: Callable[[nn.Module], float],
+        confirm: Confirm,
     ) -> _Removal | None:
         """The same removal, if it holds where some numbers that modules keep stay as they are."""
         sizes = Sizes(
@@ -227,7 +242,7 @@ class Search:
             plan = make_plan(solver, removed, self.source, self.replaced, alone)
             candidate = self._cut(plan)
             try:
-                confirmed[:] = [_Removal(removed, plan, candidate, confirm(candidate))]
+                confirmed[:] = [_Removal(removed, plan, candidate, confirm(candidate, plan))]
             except Mismatch:
                 return False
             return True
@@ -266,9 +281,7 @@ class Search:
         plan = make_plan(solver, removed, self.source, self.replaced, self.alone)
         return removed, plan, self._cut(plan)
 
-    def _largest_by_halves(
-        self, solver: Solver, forbidden: Tensor, confirm: Callable[[nn.Module], float]
-    ) -> _Removal:
+    def _largest_by_halves(self, solver: Solver, forbidden: Tensor, confirm: Confirm) -> _Removal:
         """`_largest` where the shapes do not say which channels are needed: a trial for each half of them."""
         families = solver.family[solver.solve(forbidden)].unique().tolist()
         confirmed: list[_Removal] = []
@@ -280,7 +293,7 @@ class Search:
             )
             removed, plan, candidate = self._candidate(solver, stays)
             try:
-                error = confirm(candidate)
+                error = confirm(candidate, plan)
             except Mismatch as mismatch:
                 if len(more) == 1:
                     self.notes.append(_cannot_leave(solver, more[0], str(mismatch)))

@@ -122,6 +122,53 @@ def test_a_new_bias_joins_the_group_of_its_weight() -> None:
     assert not torch.equal(result[2].bias, before)
 
 
+def test_names_stay_with_their_parameters() -> None:
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(4, 8))
+    model.add_module("act", nn.Sigmoid())
+    model.add_module("last", nn.Linear(8, 3, bias=False))
+    model.add_module("behind", nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    result = compact(model, torch.randn(5, 4), optimizer=optimizer, measure=False).model
+    (group,) = optimizer.param_groups
+    names = {id(p): n for n, p in result.named_parameters()}
+    assert "last.bias" in names.values()
+    assert group["param_names"] == [names[id(p)] for p in group["params"]]
+    assert set(group["param_names"]) == set(names.values())
+
+
+def test_names_of_a_removed_branch_leave_with_it() -> None:
+    model = dead()
+    with torch.no_grad():
+        model.blocks[1].bn2.weight.zero_()
+        model.blocks[1].bn2.bias.zero_()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    result = compact(model, torch.randn(X), optimizer=optimizer, measure=False).model
+    assert optimizer.param_groups[0]["param_names"] == [n for n, _ in result.named_parameters()]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_lbfgs_that_has_not_stepped_trains_the_result(inplace: bool) -> None:
+    """It has a reference of its own to the list of parameters."""
+    model = dead()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    result = compact(model.eval(), torch.randn(X), optimizer=optimizer, inplace=inplace, measure=False).model
+    before = [p.detach().clone() for p in result.parameters()]
+    x = torch.randn(X)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = result(x).square().mean()
+        loss.backward()
+        return loss
+
+    result.train()
+    optimizer.step(closure)
+    assert not any(torch.equal(old, new) for old, new in zip(before, result.parameters(), strict=True))
+
+
 def test_a_removed_branch_leaves_the_optimizer() -> None:
     model = dead()
     with torch.no_grad():
@@ -149,7 +196,7 @@ def test_the_plan_takes_an_optimizer_too() -> None:
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("case", ["factored", "foreign", "history"])
+@pytest.mark.parametrize("case", ["factored", "foreign", "history", "flat"])
 def test_what_cannot_be_carried_is_refused_and_nothing_changes(case: str) -> None:
     model = dead()
     if case == "factored":
@@ -157,6 +204,10 @@ def test_what_cannot_be_carried_is_refused_and_nothing_changes(case: str) -> Non
         one_step(optimizer, model, torch.randn(X))
     elif case == "foreign":
         optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    elif case == "flat":  # one vector of all parameters, kept with the first, which is not cut
+        kept = [p for n, p in model.named_parameters() if "blocks" not in n]
+        optimizer = torch.optim.LBFGS([*kept, *model.blocks.parameters()], max_iter=2)
+        optimizer.step(lambda: _loss_of(model))
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer.state[model.blocks[0].conv1.weight]["history"] = [torch.zeros(3)]
@@ -165,3 +216,10 @@ def test_what_cannot_be_carried_is_refused_and_nothing_changes(case: str) -> Non
         compact(model.eval(), torch.randn(X), optimizer=optimizer, inplace=True, measure=False)
     assert [tuple(p.shape) for g in optimizer.param_groups for p in g["params"]] == before
     assert model.blocks[0].conv1.out_channels == 12
+
+
+def _loss_of(model: nn.Module) -> Tensor:
+    model.zero_grad()
+    loss: Tensor = model(torch.randn(X)).square().mean()
+    loss.backward()
+    return loss

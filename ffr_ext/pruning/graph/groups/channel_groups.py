@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .... import _torch
 from ....checks import check_choice
-from ....models import as_call, copy_without_hooks, find_wrapper
+from ....models import as_call, find_wrapper
 from ...norms import filter_norms
 from ..analysis import Analysis
 from ..solver import Options, Solver
 from ..states import on_cpu
-from ..trace import TracedGraph, op_name, trace
+from ..trace import TracedGraph, op_name, trace_copy
 from .slices import Axis, Slices
 
 SCOPES = ("inner", "all")
@@ -189,7 +189,7 @@ def channel_groups(model: nn.Module, example_inputs: Any, scope: str = "inner") 
             "first, then wrap it: they see what becomes of its tensors"
         )
     args, kwargs = as_call(example_inputs)
-    solver = Solver(Analysis(trace(copy_without_hooks(model), args, kwargs), strict=True), Options())
+    solver = Solver(Analysis(trace_copy(model, args, kwargs), strict=True), Options())
     return groups_of(model, solver, scope)
 
 

@@ -35,7 +35,9 @@ class GreedySearch:
         self.cap, self.min_channels, self.round_to = cap, min_channels, round_to
         self.channels = channels_of(groups, solver)
         self.dead = solver.solve()
-        self.units = _units(groups, solver, scores, self.dead, self.channels)
+        carry = _carriers(solver, self.dead)[self.channels]
+        units = _units(groups, solver, scores, self.dead, self.channels)
+        self.units = [unit for unit in units if not bool(carry[unit].any())]
         self.layers = [axis.groups[axis.groups >= 0] for axis in groups.layers()]
         self.sizes = [int((~self.dead[solver.axes[axis.name, axis.dim]]).sum()) for axis in groups.layers()]
         self.forbidden: set[int] = set()
@@ -127,6 +129,16 @@ def channels_of(groups: ChannelGroups, solver: Solver) -> Tensor:
         member = axis.groups >= 0
         channels[axis.groups[member]] = solver.axes[axis.name, axis.dim][member]
     return channels
+
+
+@on_cpu
+def _carriers(solver: Solver, dead: Tensor) -> Tensor:
+    """bool for each channel of the solver: it stays since it carries the constants of some that leave. Without it
+    another of those would have to stay, and nothing would be won."""
+    carry = torch.zeros(len(solver.sets), dtype=torch.bool)
+    for merged in solver.merged(dead):
+        carry[solver.sets.channel_of[merged.read.inputs][merged.onto]] = True
+    return carry
 
 
 @on_cpu

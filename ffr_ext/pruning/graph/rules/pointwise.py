@@ -45,7 +45,7 @@ def _where(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
         return flow
     live, values = torch.zeros((1,) * flow.rank, dtype=torch.bool), []
     for given in (bound["self"], bound["other"]):
-        state = given.state if isinstance(given, Flow) else states.constant(torch.tensor(float(given)))
+        state = given.state if isinstance(given, Flow) else _constant(0, given)
         live = live | state.live
         values.append(state.value.double())
     live = flow.state.live & (live | (values[0] != values[1]))
@@ -135,9 +135,7 @@ def fold(analysis: Analysis, node: Node, _bound: dict[str, Any]) -> Flow | None:
 def _filled_like(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
     flow = bound["self"]
     fill = {"zeros_like": 0.0, "ones_like": 1.0}.get(op_name(node), bound.get("fill_value"))
-    return Flow(
-        flow.shape, flow.labels, states.constant(torch.full((1,) * flow.rank, float(fill or 0.0)).double())
-    )
+    return Flow(flow.shape, flow.labels, _constant(flow.rank, fill or 0.0))
 
 
 @rule("new_zeros", "new_ones", "new_full")
@@ -147,7 +145,7 @@ def _filled(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow:
     return Flow(
         shape,
         (None,) * len(shape),
-        states.constant(torch.full((1,) * len(shape), float(fill or 0.0)).double()),
+        _constant(len(shape), fill or 0.0),
     )
 
 
@@ -172,9 +170,7 @@ def _threshold(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | 
     if bound["threshold"] != float("inf"):
         return pointwise(analysis, node, bound)
     flow: Flow = bound["self"]  # what a dead branch was replaced by
-    return Flow(
-        flow.shape, flow.labels, states.constant(torch.full((1,) * flow.rank, float(bound["value"])).double())
-    )
+    return Flow(flow.shape, flow.labels, _constant(flow.rank, bound["value"]))
 
 
 @rule("prelu")
@@ -196,3 +192,7 @@ def _prelu(analysis: Analysis, node: Node, bound: dict[str, Any]) -> Flow | None
             torch.where(value > 0, value, factor * value), live | torch.zeros_like(factor, dtype=torch.bool)
         ),
     )
+
+
+def _constant(rank: int, value: Any) -> State:
+    return states.constant(torch.full((1,) * rank, float(value), dtype=torch.float64))

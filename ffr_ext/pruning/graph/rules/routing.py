@@ -95,7 +95,8 @@ def _put(analysis: Analysis, node: Node, x: Flow, values: Flow, rows: _Rows, add
             analysis.sets.pin(labels, f"indexed by {where(node)}")
     _stay(analysis, node, x, range(first, after))
 
-    expected = torch.zeros(()) if adds else x.state.value.double()  # what leaves a row as it was
+    # What leaves a row as it was.
+    expected = torch.zeros((), dtype=torch.float64) if adds else x.state.value.double()
     value, is_live = _same_for_all(state, [*spare])
     if not adds and any(t.shape[d] > 1 for t in _parts(x.state) for d in range(first, after)):
         is_live = torch.ones_like(is_live)
