@@ -138,6 +138,14 @@ def test_the_strength_is_chosen_without_the_test_images(tmp_path: Path) -> None:
     assert arena.best("ffr") == arena.strengths("ffr")[1]
 
 
+def test_with_fewer_tries_the_middle_strengths_are_taken(tmp_path: Path) -> None:
+    known = list(METHODS["ffr"].strengths)
+    taken = {
+        tries: Arena(["ffr"], [0.5], [0], TINY, tmp_path, tries=tries).strengths("ffr") for tries in (1, 2, 4)
+    }
+    assert taken == {1: known[1:2], 2: known[1:3], 4: known}
+
+
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena(["none"], [0.5], [0], replace(TINY, epochs=1), tmp_path)
     started = []
