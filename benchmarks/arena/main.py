@@ -34,6 +34,14 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments.add_argument("--tries", type=int, default=4, help="strengths that are tried for each method")
+    arguments.add_argument(
+        "--strengths",
+        nargs="+",
+        type=_strengths,
+        default=[],
+        metavar="METHOD=A,B,C",
+        help="to try instead of a method's own; the same number for all",
+    )
     arguments.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments.add_argument("--threads", type=int, default=1, help="of each run")
     arguments.add_argument(
@@ -55,6 +63,17 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+def _strengths(text: str) -> tuple[str, tuple[float, ...]]:
+    """`ffr=0.1,0.3` as a method and the strengths to try."""
+    method, _, numbers = text.partition("=")
+    if method not in ALL:
+        raise argparse.ArgumentTypeError(f"unknown method {method!r}; there are {', '.join(ALL)}")
+    try:
+        return method, tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {method}=A,B,C with numbers, got {text!r}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     own = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name not in OWN}
@@ -67,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         tries=options.tries,
         jobs=options.jobs,
         threads=options.threads,
+        own_strengths=dict(options.strengths),
     )
     if not options.report_only:
         arena.run()

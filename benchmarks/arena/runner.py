@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ class Arena:
     tries: int = 4
     jobs: int = 1
     threads: int = 1
+    own_strengths: Mapping[str, Sequence[float]] = field(
+        default_factory=dict
+    )  # by method, instead of its own
+
+    def __post_init__(self) -> None:
+        """Refuse a search that is not the same for all."""
+        tries = {m: len(self.strengths(m)) for m in self.methods if len(ALL[m].strengths) > 1}
+        if len(set(tries.values())) > 1:
+            raise ValueError(f"every method needs the same number of strengths to try, got {tries}")
 
     @property
     def searched(self) -> list[str]:
@@ -61,7 +70,7 @@ class Arena:
 
     def strengths(self, method: str) -> list[float]:
         """Those that are tried: of more than there are tries the middle ones. `none` has nothing to search."""
-        known = ALL[method].strengths
+        known = self.own_strengths.get(method, ALL[method].strengths)
         first = max(0, len(known) - self.tries) // 2
         return list(known[first : first + self.tries])
 

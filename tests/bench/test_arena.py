@@ -17,6 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.arena import report, worker
 from benchmarks.arena.ablation import ABLATION
 from benchmarks.arena.cuts import cuts_of, validation_rows, without_empty_blocks
+from benchmarks.arena.main import parser
 from benchmarks.arena.methods import METHODS
 from benchmarks.arena.runner import ROOT, Arena
 from benchmarks.arena.training import Run, Settings, Split
@@ -144,6 +145,26 @@ def test_with_fewer_tries_the_middle_strengths_are_taken(tmp_path: Path) -> None
         tries: Arena(["ffr"], [0.5], [0], TINY, tmp_path, tries=tries).strengths("ffr") for tries in (1, 2, 4)
     }
     assert taken == {1: known[1:2], 2: known[1:3], 4: known}
+
+
+def test_strengths_of_ones_own_take_the_place_of_a_methods_and_are_as_many_for_all(tmp_path: Path) -> None:
+    own = {"ffr": (0.1, 0.3), "slimming": (1e-3, 1e-2)}
+    arena = Arena(["none", "ffr", "slimming"], [0.5], [0], TINY, tmp_path, own_strengths=own)
+    assert {m: arena.strengths(m) for m in arena.methods} == {
+        "none": [0.0],
+        **{m: [*s] for m, s in own.items()},
+    }
+    with pytest.raises(ValueError, match=r"same number of strengths.*'ffr': 2, 'slimming': 4"):
+        Arena(["none", "ffr", "slimming"], [0.5], [0], TINY, tmp_path, own_strengths={"ffr": (0.1, 0.3)})
+
+
+def test_the_command_reads_strengths_by_method(capsys: pytest.CaptureFixture[str]) -> None:
+    read = parser().parse_args(["--strengths", "ffr=0.1,3", "ffr+slimming=1"]).strengths
+    assert read == [("ffr", (0.1, 3.0)), ("ffr+slimming", (1.0,))]
+    for wrong, message in (("magic=1", "unknown method 'magic'"), ("ffr", "expected ffr=A,B,C with numbers")):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["--strengths", wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
