@@ -10,6 +10,7 @@ themselves, which autograd keeps without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +84,11 @@ def _save(
     ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
-def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list[Tensor | None]:
-    """The backward pass, one entry per feature, from d loss / d stats."""
-    call = ctx.spec, ctx.layouts, wanted, coef
+def _feature_gradients(
+    ctx: Any, wanted: tuple[bool, ...], coef: Tensor, upstream: Tensor | None = None
+) -> list[Tensor | None]:
+    """The backward pass, one entry per feature, from d loss / d stats: `coef`, times the number `upstream`."""
+    call = ctx.spec, ctx.layouts, wanted, coef, upstream
     if not torch.is_grad_enabled():
         grads = _flow_gradients(*call, *ctx.saved_tensors)
     elif transforms_active():
@@ -93,7 +96,7 @@ def _feature_gradients(ctx: Any, wanted: tuple[bool, ...], coef: Tensor) -> list
         grads = _RefusedTwice.apply(*call, *ctx.saved_tensors)
     else:
         raise RuntimeError(DOUBLE_BACKWARD)
-    return compiled.by_feature(grads, wanted, None)
+    return list(grads) if False not in wanted else compiled.by_feature(grads, wanted, None)
 
 
 class FlowStats(torch.autograd.Function):
@@ -119,7 +122,8 @@ class FlowStats(torch.autograd.Function):
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats))
+        # .sum() and .mean() send stride 0.
+        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats.contiguous()))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
@@ -131,39 +135,50 @@ def _product(entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     return (entries * weights).sum().to(dtype)
 
 
+@dataclass(slots=True)
+class FlowCall:
+    """One call of `FlowProduct`: what is no feature, as one argument, since torch looks at each."""
+
+    spec: FlowSpec
+    save_signs: bool
+    weights: Tensor
+    dtype: torch.dtype  # of the loss
+    stats: Tensor | None = None  # made by the forward pass
+
+
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(spec, save_signs, weights, dtype, made, *features)`: `(entries * weights).sum().to(dtype)` in
-    one node, where entries are the sums, or the roots of those of single samples; the sums are put into the list
-    `made`. Eager mode alone; without setup_context, for which the arguments are bound by name at each call.
+    """`FlowProduct.apply(call, *features)`: `(entries * weights).sum().to(dtype)` in one node, where entries are the
+    sums, or the roots of those of single samples. Eager mode alone; without setup_context, for which the arguments
+    are bound by name at each call.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        spec: FlowSpec,
-        save_signs: bool,
-        weights: Tensor,
-        dtype: torch.dtype,
-        made: list[Tensor],
-        *features: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, call: FlowCall, *features: Tensor) -> Tensor:
+        spec, weights = call.spec, call.weights
         layouts = spec.layouts(features)
-        stats, signs = _forward(spec, save_signs, features, layouts)
-        made.append(stats)
-        ctx.weights = weights
-        ctx.roots = stats.sqrt() if spec.sums.leading else None
+        ctx.weights, ctx.roots = weights, None
+        if spec.sums.leading:
+            call.stats, signs = _forward(spec, call.save_signs, features, layouts)
+            ctx.roots = call.stats.sqrt()
+            loss = _product(ctx.roots, weights, call.dtype)
+        else:  # two operators instead of seven
+            (squared, _leading, backend), lengths, _numels, groups, *_ = spec
+            call.stats, signs = spec.empty_stats(weights.device, call.save_signs)
+            loss = torch.empty((), dtype=call.dtype, device=weights.device)
+            ops.flow_kernels(backend).forward(
+                layouts.align(features), lengths, groups, squared, call.stats, signs, weights, loss
+            )
         _save(ctx, spec, layouts, features, signs, None)
-        return _product(stats if ctx.roots is None else ctx.roots, weights, dtype)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        coef = ctx.weights * grad_loss
+        coef, upstream = ctx.weights, grad_loss
         if ctx.roots is not None:
-            coef = torch.where(ctx.roots == 0.0, 0.0, coef / (2.0 * ctx.roots))
-        grads = _feature_gradients(ctx, ctx.needs_input_grad[5:], coef)
-        return (None, None, None, None, None, *grads)
+            coef, upstream = torch.where(ctx.roots == 0.0, 0.0, coef * grad_loss / (2.0 * ctx.roots)), None
+        return (None, *_feature_gradients(ctx, ctx.needs_input_grad[1:], coef, upstream))
 
 
 class Product(torch.autograd.Function):
@@ -184,9 +199,15 @@ class _RefusedTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        spec: FlowSpec, layouts: Any, wanted: Any, grad_stats: Tensor, padding: Tensor | None, *saved: Tensor
+        spec: FlowSpec,
+        layouts: Any,
+        wanted: Any,
+        coef: Tensor,
+        upstream: Tensor | None,
+        padding: Tensor | None,
+        *saved: Tensor,
     ) -> tuple[Tensor, ...]:
-        return _flow_gradients(spec, layouts, wanted, grad_stats, padding, *saved)
+        return _flow_gradients(spec, layouts, wanted, coef, upstream, padding, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,24 +226,30 @@ def _flow_gradients(
     spec: FlowSpec,
     layouts: Layouts,
     wanted: tuple[bool, ...],
-    grad_stats: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
     padding: Tensor | None,
     *saved: Tensor,
 ) -> tuple[Tensor, ...]:
-    """One gradient for each wanted feature, in the feature's dtype and strides."""
-    device = grad_stats.device
+    """One gradient for each wanted feature, in the feature's dtype and strides, from the contiguous `coef`."""
+    device = coef.device
     (squared, _leading, backend), lengths, numels, groups, *_ = spec
     arguments = (
         layouts.align(saved) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
-        grad_stats.contiguous(),  # .sum() and .mean() send stride 0
+        coef,
         lengths,
         numels,
         groups,
         squared,
     )
-    given = [layout for layout, want in zip(zip(*layouts, strict=True), wanted, strict=True) if want]
+    given = list(zip(*layouts, strict=True))
+    whole = False not in wanted
+    if not whole:
+        given = [layout for layout, want in zip(given, wanted, strict=True) if want]
     if torch.compiler.is_compiling():
+        if upstream is not None:
+            arguments = (*arguments[:2], coef * upstream, *arguments[3:])
         grads = compiled.flow_gradients(
             *arguments,
             wanted,
@@ -237,11 +264,13 @@ def _flow_gradients(
             torch.empty_strided(shape, walked, dtype=dtype, device=device)
             for shape, dtype, _, walked in given
         ]
-        slots = grads if all(wanted) else compiled.by_feature(grads, wanted, grad_stats.new_empty(0))
-        ops.flow_kernels(backend).backward(*arguments, slots)
+        slots = grads if whole else compiled.by_feature(grads, wanted, coef.new_empty(0))
+        ops.flow_kernels(backend).backward(*arguments, slots, upstream)
     if padding is not None:
         grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
-    # A list, not a generator, as in `Layouts.of`.
+    if layouts.walked == layouts.strides:
+        return tuple(grads)
+    # A list, not a generator, as in `walked_strides`.
     return tuple(
         [
             grad if lies == walked else with_strides(grad, lies)

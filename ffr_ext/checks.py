@@ -35,7 +35,7 @@ def feature_list(features: Iterable[Tensor]) -> list[Tensor]:
             "features: expected an iterable of tensors in depth order, got one Tensor of shape "
             f"{tuple(features.shape)}; for features stacked along dim 0 pass features.unbind(0)"
         )
-    if isinstance(features, Mapping):
+    if not isinstance(features, (list, tuple)) and isinstance(features, Mapping):
         raise TypeError("features: expected an iterable of tensors, got a mapping; pass its .values()")
     try:
         listed = list(features)

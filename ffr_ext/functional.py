@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import checks, compiled, reference
 from ._torch import transforms_active
-from .autograd import FlowProduct, FlowSpec, FlowStats, Product
+from .autograd import FlowCall, FlowProduct, FlowSpec, FlowStats, Product
 from .options import FlowOptions
 from .stages import Plan, Stage, Sums, make_plan, stage_features
 from .weights import entry_weights, weigh
@@ -170,7 +170,8 @@ def penalty(
     plan = _plan(listed, options.transition, plain)
     on_gradient = checks.term_weights("gradient", gradient, plan.gradient_terms)
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
-    _warn_if_without_effect(on_gradient, on_curvature, plan)
+    if plain or not torch.compiler.is_compiling():
+        _warn_if_without_effect(on_gradient, on_curvature, plan)
     positions = _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
     backend = compiled.resolve(options.backend, device)
@@ -225,13 +226,14 @@ def _product(
     """The usual loss, and the sums it is made of: all terms come from one call of a kernel, and the loss is one product
     of what it gives, or of the roots of that, with a vector."""
     if make_stats is None:
-        made: list[Tensor] = []
         spec = plan.kept.get(sums)
         if spec is None:
             spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
         walked = _walked(features, plan.stages)
-        loss = FlowProduct.apply(spec, _saves_signs(sums, walked), weights, dtype, made, *walked)
-        return loss, made[0]
+        call = FlowCall(spec, _saves_signs(sums, walked), weights, dtype)
+        loss = FlowProduct.apply(call, *walked)
+        assert call.stats is not None
+        return loss, call.stats
     stats = make_stats(features, plan.stages, sums, None)
     entries = reference.safe_sqrt(stats) if sums.leading else stats
     return Product.apply(entries, weights, dtype), stats.detach()
@@ -286,7 +288,7 @@ def _warn_if_without_effect(
     """
     if plan.curvature_terms or not isinstance(gradient, float) or not isinstance(curvature, float):
         return
-    if not torch.compiler.is_compiling() and gradient == 0.0 != curvature:
+    if gradient == 0.0 != curvature:
         warnings.warn(
             "ffr_loss is 0: gradient=0 and no stage has the three features a curvature term needs",
             stacklevel=4,
@@ -299,7 +301,7 @@ def _walked(features: list[Tensor], stages: Sequence[Stage]) -> list[Tensor]:
 
 def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
     """Whether a gradient of absolute values will be wanted."""
-    return not sums.squared and torch.is_grad_enabled() and any(f.requires_grad for f in walked)
+    return not sums.squared and torch.is_grad_enabled() and True in [f.requires_grad for f in walked]
 
 
 def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> Tensor:

@@ -22,9 +22,9 @@ from .kernels.sizes import plane_bytes
 # Ops that return nothing fill tensors the caller has allocated.
 SCHEMAS = {
     "flow_forward": "(Tensor[] features, int[] lengths, SymInt[] groups, bool squared, "
-    "Tensor(a!) stats, Tensor(b!) signs) -> ()",
+    "Tensor(a!) stats, Tensor(b!) signs, Tensor? weights=None, Tensor(c!)? loss=None) -> ()",
     "flow_backward": "(Tensor[] features, Tensor signs, Tensor coef, int[] lengths, SymInt[] numels, "
-    "SymInt[] groups, bool squared, Tensor(a!)[] grads) -> ()",
+    "SymInt[] groups, bool squared, Tensor(a!)[] grads, Tensor? upstream=None) -> ()",
     "flow_backward_at": "(Tensor[] features, Tensor signs, Tensor coef, int length, SymInt numel, SymInt groups, "
     "bool squared, int index, Tensor(a!) grad, bool accumulate) -> ()",
     # A dimension of -1: the norms of the slices of dimension 0, then those of dimension 1, in one read.

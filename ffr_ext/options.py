@@ -24,11 +24,15 @@ class FlowOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        checks.check_choice("norm", self.norm, NORMS)
-        checks.check_choice("curvature_kind", self.curvature_kind, CURVATURE_KINDS)
-        checks.check_choice("reduction", self.reduction, REDUCTIONS)
-        checks.check_choice("transition", self.transition, TRANSITIONS)
-        checks.check_choice("backend", self.backend, ("auto", *BACKENDS))
+        for name, value, choices in (
+            ("norm", self.norm, NORMS),
+            ("curvature_kind", self.curvature_kind, CURVATURE_KINDS),
+            ("reduction", self.reduction, REDUCTIONS),
+            ("transition", self.transition, TRANSITIONS),
+            ("backend", self.backend, ("auto", *BACKENDS)),
+        ):
+            if value not in choices:
+                checks.check_choice(name, value, choices)
 
     @property
     def squared(self) -> bool:

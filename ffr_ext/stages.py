@@ -126,7 +126,7 @@ def stage_features(features: Sequence[Tensor], stage: Stage) -> list[Tensor]:
         own = [pool_to(f, shape) for f in tail] + own
     checks.check_one_device(stage.first - stage.tail, own)
     dtype = own[0].dtype
-    if any([f.dtype != dtype for f in own]):  # noqa: C419  as in `Layouts.of`
+    if any([f.dtype != dtype for f in own]):  # noqa: C419  as in `walked_strides`
         for feature in own[1:]:
             dtype = torch.promote_types(dtype, feature.dtype)
         own = [f.to(dtype) for f in own]
@@ -153,14 +153,14 @@ class Layouts(NamedTuple):
     def of(cls, features: Sequence[Tensor], lengths: Sequence[int], leading: int) -> Layouts:
         """Of features of stages of these lengths, whose groups of sums are the first `leading` dimensions."""
         shapes, strides = [f.shape for f in features], [f.stride() for f in features]
-        walked = strides
-        # A list, not a generator: where a backward pass reads a layout, Dynamo starts it again, and torch 2.14 and
-        # 2.15 then take a generator left in the middle for one that still runs.
-        if not all([f.is_contiguous() for f in features]):  # noqa: C419
-            walked, first = [], 0
-            for length in lengths:
-                walked += walked_strides(shapes[first], strides[first : first + length], leading)
-                first += length
+        walked: list[tuple[int, ...]] = []
+        first = 0
+        for length in lengths:
+            lie = strides[first : first + length]
+            if lie != [strides[first]] * length or not _in_usual_order(features[first], leading):
+                lie = walked_strides(shapes[first], lie, leading)
+            walked += lie
+            first += length
         return cls(shapes, [f.dtype for f in features], strides, walked)
 
     def align(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -171,9 +171,16 @@ class Layouts(NamedTuple):
         ]
 
 
+def _in_usual_order(feature: Tensor, leading: int) -> bool:
+    """Whether a feature is dense, its first `leading` dimensions outermost: what torch can say of the usual layouts."""
+    return feature.is_contiguous() or (
+        leading < 2 and feature.ndim == 4 and feature.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
 def walked_strides(
-    shape: Sequence[int], strides: Sequence[tuple[int, ...]], leading: int
-) -> Sequence[tuple[int, ...]]:
+    shape: Sequence[int], strides: list[tuple[int, ...]], leading: int
+) -> list[tuple[int, ...]]:
     """The strides in which the kernels walk features of one shape: as they lie, if they can be compared element by
     element in storage order, else contiguous.
 
@@ -184,7 +191,9 @@ def walked_strides(
     groups = tuple(d for d in range(leading) if shape[d] != 1)
     if order is not None and order[: len(groups)] == groups:
         others = [lies for lies in strides if lies != strides[0]]
-        if all([storage_order(shape, lies) == order for lies in others]):  # noqa: C419  as in `Layouts.of`
+        # A list, not a generator: where a backward pass reads a layout, Dynamo starts it again, and torch 2.14 and
+        # 2.15 then take a generator left in the middle for one that still runs.
+        if all([storage_order(shape, lies) == order for lies in others]):  # noqa: C419
             return strides
     contiguous = [1]
     for size in reversed(shape[1:]):

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <sstream>
 #include <string>
@@ -204,6 +205,26 @@ inline int64_t total_sign_bytes(const Stages& all) {
   int64_t total = 0;
   for (const Stage& stage : all.stages) total += sign_bytes(stage.shape);
   return total;
+}
+
+// One number on the device of `anchor`, which is what a loss and its upstream gradient are.
+inline void check_scalar(const Name& name, const Tensor& t, const Name& anchor_name, const Tensor& anchor) {
+  check_device(name, t, anchor_name, anchor);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name,
+                  " must be Float or Double, got ", torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.numel() == 1, name, " must have 1 element, got ", t.numel());
+}
+
+// The weighted sum of stats that flow_forward makes where it is asked to.
+inline void check_loss(const std::optional<Tensor>& weights, const std::optional<Tensor>& loss,
+                       const Tensor& stats) {
+  STD_TORCH_CHECK(weights.has_value() == loss.has_value(),
+                  "weights and loss must be given together, got only ",
+                  weights.has_value() ? "weights" : "loss");
+  if (!loss.has_value()) return;
+  check_vector({"weights"}, *weights, ScalarType::Double, stats.numel());
+  check_device({"weights"}, *weights, {"stats"}, stats);
+  check_scalar({"loss"}, *loss, {"stats"}, stats);
 }
 
 // ---------------------------------------------------------------------------------- the flow

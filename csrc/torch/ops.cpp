@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -30,23 +31,55 @@ std::vector<StageView> views(const Stages& all) {
   return result;
 }
 
+double number(const Tensor& scalar) {
+  const void* value = scalar.const_data_ptr();
+  return scalar.scalar_type() == ScalarType::Float ? *static_cast<const float*>(value)
+                                                   : *static_cast<const double*>(value);
+}
+
+// In the order of the entries: the same number with any number of threads.
+void write_weighted_sum(const Tensor& stats, const Tensor& weights, const Tensor& loss) {
+  const double* entries = static_cast<const double*>(stats.const_data_ptr());
+  const double* factors = static_cast<const double*>(weights.const_data_ptr());
+  double sum = 0;
+  for (int64_t i = 0; i < stats.numel(); ++i) sum += entries[i] * factors[i];
+  if (loss.scalar_type() == ScalarType::Float) {
+    *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(sum);
+  } else {
+    *static_cast<double*>(loss.mutable_data_ptr()) = sum;
+  }
+}
+
 void flow_forward_cpu(const std::vector<Tensor>& features, const std::vector<int64_t>& lengths,
                       const std::vector<int64_t>& groups, bool squared, const Tensor& stats,
-                      const Tensor& signs) {
+                      const Tensor& signs, const std::optional<Tensor>& weights,
+                      const std::optional<Tensor>& loss) {
   const Stages all = check_flow_forward(features, lengths, groups, squared, stats, signs);
+  check_loss(weights, loss, stats);
   const std::vector<StageView> stages = views(all);
   uint8_t* sign_planes = signs.numel() ? static_cast<uint8_t*>(signs.mutable_data_ptr()) : nullptr;
   flow_forward(stages.data(), size_of(stages), squared, static_cast<double*>(stats.mutable_data_ptr()),
                sign_planes, torch_threads);
+  if (loss) write_weighted_sum(stats, *weights, *loss);
 }
 
 void flow_backward_cpu(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
                        const std::vector<int64_t>& lengths, const std::vector<int64_t>& numels,
-                       const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads) {
+                       const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads,
+                       const std::optional<Tensor>& upstream) {
   const Stages all = check_flow_backward(features, signs, coef, lengths, numels, groups, squared, grads);
+  const double* coefficients = static_cast<const double*>(coef.const_data_ptr());
+  std::vector<double> scaled;
+  if (upstream) {
+    check_scalar({"upstream"}, *upstream, {"coef"}, coef);
+    scaled.assign(coefficients, coefficients + coef.numel());
+    const double factor = number(*upstream);
+    for (double& entry : scaled) entry *= factor;
+    coefficients = scaled.data();
+  }
   const std::vector<StageView> stages = views(all);
   flow_backward(stages.data(), size_of(stages), squared, static_cast<const uint8_t*>(signs.const_data_ptr()),
-                static_cast<const double*>(coef.const_data_ptr()), torch_threads);
+                coefficients, torch_threads);
 }
 
 void flow_backward_at_cpu(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,

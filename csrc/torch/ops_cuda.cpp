@@ -54,6 +54,16 @@ std::vector<cuda::StageView> views(const Stages& all) {
   return result;
 }
 
+// An operator of torch that returns one tensor.
+template <typename... Arguments>
+Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
+  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
+
 template <typename Pointer>
 Pointer check_aligned(Pointer signs) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(signs) % cuda::kSignsAlign == 0,
@@ -63,9 +73,14 @@ Pointer check_aligned(Pointer signs) {
 
 void flow_forward_cuda(const std::vector<Tensor>& features, const std::vector<int64_t>& lengths,
                        const std::vector<int64_t>& groups, bool squared, const Tensor& stats,
-                       const Tensor& signs) {
+                       const Tensor& signs, const std::optional<Tensor>& weights,
+                       const std::optional<Tensor>& loss) {
   const Stages all = check_flow_forward(features, lengths, groups, squared, stats, signs);
-  if (stats.numel() == 0) return;
+  check_loss(weights, loss, stats);
+  if (stats.numel() == 0) {
+    if (loss) call("aten::zero_", "", *loss);
+    return;
+  }
   const std::vector<cuda::StageView> stages = views(all);
   uint8_t* planes = signs.numel() ? check_aligned(static_cast<uint8_t*>(signs.mutable_data_ptr())) : nullptr;
   const Launch launch(stats);
@@ -78,18 +93,25 @@ void flow_forward_cuda(const std::vector<Tensor>& features, const std::vector<in
                                   static_cast<double*>(stats.mutable_data_ptr()), planes,
                                   scratch ? static_cast<double*>(scratch->mutable_data_ptr()) : nullptr,
                                   launch.stream()));
+  if (loss) {
+    Tensor sum = call("aten::sum", "", product(stats, *weights), std::optional<ScalarType>());
+    call("aten::copy_", "", *loss, sum, false);
+  }
 }
 
 void flow_backward_cuda(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,
                         const std::vector<int64_t>& lengths, const std::vector<int64_t>& numels,
-                        const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads) {
+                        const std::vector<int64_t>& groups, bool squared, const std::vector<Tensor>& grads,
+                        const std::optional<Tensor>& upstream) {
   const Stages all = check_flow_backward(features, signs, coef, lengths, numels, groups, squared, grads);
+  if (upstream) check_scalar({"upstream"}, *upstream, {"coef"}, coef);
   const std::vector<cuda::StageView> stages = views(all);
   const uint8_t* planes = check_aligned(static_cast<const uint8_t*>(signs.const_data_ptr()));
   const Launch launch(coef);
-  check_launch("flow_backward",
-               cuda::flow_backward(stages.data(), size_of(stages), squared, planes,
-                                   static_cast<const double*>(coef.const_data_ptr()), launch.stream()));
+  const Tensor coefficients = upstream ? product(coef, *upstream) : coef;
+  check_launch("flow_backward", cuda::flow_backward(stages.data(), size_of(stages), squared, planes,
+                                                    static_cast<const double*>(coefficients.const_data_ptr()),
+                                                    launch.stream()));
 }
 
 void flow_backward_at_cuda(const std::vector<Tensor>& features, const Tensor& signs, const Tensor& coef,

@@ -29,9 +29,11 @@ def flow_forward(
     squared: bool,
     stats: Tensor,
     signs: Tensor,
+    weights: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> None:
     """Sums of |d|, |c| (or their squares) of every stage into `stats`; packed signs into `signs` unless it is
-    empty.
+    empty; the sum of stats times `weights` into `loss`.
     """
     _check_signs(signs)
     stats_begin = signs_begin = feature = 0
@@ -55,6 +57,8 @@ def flow_forward(
                 _forward_stage(stage, 1, squared, stats.new_empty(2 * length - 3), stage_signs)
                 stage_signs = None
             _forward_stage(stage, stage_groups, squared, stage_stats, stage_signs)
+    if weights is not None and loss is not None:
+        loss.copy_((stats * weights).sum())
 
 
 def _forward_stage(
@@ -128,11 +132,14 @@ def flow_backward(
     groups: Sequence[int],
     squared: bool,
     grads: Sequence[Tensor],
+    upstream: Tensor | None = None,
 ) -> None:
     """The gradient of every feature whose tensor in `grads` is not empty: from `signs`, or if `squared` from
-    features.
+    features; `coef` is multiplied by `upstream`.
     """
     _check_signs(signs)
+    if upstream is not None:
+        coef = coef * upstream
     coef_begin = signs_begin = feature = 0
     for length, numel, stage_groups in zip(lengths, numels, groups, strict=True):
         entries = max(2 * length - 3, 0) * stage_groups

@@ -21,6 +21,7 @@ from kernel_oracle import (
     F64,
     StageSpec,
     check_flow,
+    check_loss_and_upstream,
     expected_nibbles,
     flow_cases,
     make_problem,
@@ -67,6 +68,12 @@ def on_gpu(features: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_sums_signs_and_gradients(dtype: torch.dtype, case: str, squared: bool, kernels: Any) -> None:
     check_flow(kernels, make_problem(flow_cases(dtype)[case], squared, "cuda"))
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_the_loss_and_its_upstream_gradient(dtype: torch.dtype, squared: bool, kernels: Any) -> None:
+    check_loss_and_upstream(kernels, dtype, squared, "cuda")
 
 
 @pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])

@@ -62,7 +62,14 @@ def overlapping(x: Tensor) -> Tensor:
 
 def forward() -> dict[str, Any]:
     return dict(
-        features=features(), lengths=LENGTHS, groups=[1, 1], squared=False, stats=stats(), signs=signs()
+        features=features(),
+        lengths=LENGTHS,
+        groups=[1, 1],
+        squared=False,
+        stats=stats(),
+        signs=signs(),
+        weights=torch.ones_like(stats()),
+        loss=torch.empty(()),
     )
 
 
@@ -107,6 +114,12 @@ def forward() -> dict[str, Any]:
         (dict(signs=lambda s: s.char()), "signs must be Byte, got Char"),
         (dict(signs=lambda s: s[:-1]), "signs must have 144 elements, got 143"),
         (dict(squared=lambda s: True), "signs must be empty with squared=True, got 144 bytes"),
+        (dict(loss=lambda x: None), "weights and loss must be given together, got only weights"),
+        (dict(weights=lambda w: None), "weights and loss must be given together, got only loss"),
+        (dict(weights=lambda w: w[1:]), "weights must have 4 elements, got 3"),
+        (dict(weights=lambda w: w.float()), "weights must be Double, got Float"),
+        (dict(loss=lambda x: x.bfloat16()), "loss must be Float or Double, got BFloat16"),
+        (dict(loss=lambda x: x.expand(2)), "loss must have 1 element, got 2"),
     ],
 )
 def test_flow_forward_refuses(bad: dict[str, Any], message: str) -> None:
@@ -125,6 +138,7 @@ def backward(squared: bool) -> dict[str, Any]:
         groups=[1, 1],
         squared=squared,
         grads=[torch.empty_like(f) for f in features()],
+        upstream=torch.ones(()),
     )
 
 
@@ -187,6 +201,8 @@ def backward(squared: bool) -> dict[str, Any]:
             r"grads\[0\] must have the dtype and layout of features\[0\], Float",
         ),
         (True, dict(signs=lambda s: signs()), "signs must have 0 elements, got 144"),
+        (False, dict(upstream=lambda u: u.long()), "upstream must be Float or Double, got Long"),
+        (True, dict(upstream=lambda u: u.expand(4)), "upstream must have 1 element, got 4"),
     ],
 )
 def test_flow_backward_refuses(squared: bool, bad: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_oracle import check_loss_and_upstream
 from torch import Tensor
 
 from ffr_ext import backends, ops
@@ -42,6 +43,7 @@ def _arguments(
         stats=torch.empty(entries, dtype=torch.float64),
         signs=torch.zeros(signs, dtype=torch.uint8),
         coef=torch.randn(entries, dtype=torch.float64),
+        loss=torch.empty((), dtype=dtype if dtype == torch.float64 else torch.float32),
         grads=[torch.empty_like(f) for f in features],
     )
 
@@ -64,15 +66,14 @@ def test_opcheck_of_the_loss_kernels(sample: Any) -> None:
     _native()
     a = _arguments(*sample)
     kernels = ops.flow_kernels("cpu")
-    torch.library.opcheck(
-        kernels.forward, (a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
-    )
-    kernels.forward(a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
+    forward = (a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
+    torch.library.opcheck(kernels.forward, forward)
+    torch.library.opcheck(kernels.forward, (*forward, a["coef"], a["loss"]))
+    kernels.forward(*forward)
     read = a["features"] if a["squared"] else []
-    torch.library.opcheck(
-        kernels.backward,
-        (read, a["signs"], a["coef"], a["lengths"], a["numels"], a["groups"], a["squared"], a["grads"]),
-    )
+    backward = (read, a["signs"], a["coef"], a["lengths"], a["numels"], a["groups"], a["squared"], a["grads"])
+    torch.library.opcheck(kernels.backward, backward)
+    torch.library.opcheck(kernels.backward, (*backward, a["loss"].fill_(0.3)))
     last = len(a["lengths"]) - 1
     first = sum(a["lengths"][:last])
     length, numel, groups = a["lengths"][last], a["numels"][last], a["groups"][last]
@@ -96,6 +97,15 @@ def test_opcheck_of_the_loss_kernels(sample: Any) -> None:
                 accumulate,
             ),
         )
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_loss_is_a_weighted_sum_of_stats_and_its_upstream_gradient_a_factor(
+    dtype: torch.dtype, squared: bool
+) -> None:
+    _native()
+    check_loss_and_upstream(torch.ops.ffr_ext, dtype, squared)
 
 
 def test_backward_at_is_backward_one_feature_at_a_time() -> None:

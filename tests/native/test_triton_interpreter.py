@@ -36,6 +36,7 @@ else:
         F64,
         StageSpec,
         check_flow,
+        check_loss_and_upstream,
         check_sums_of,
         flow_cases,
         make_problem,
@@ -58,6 +59,11 @@ else:
     @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
     def test_sums_signs_and_gradients(dtype: torch.dtype, case: str, squared: bool) -> None:
         check_flow(flow, make_problem(flow_cases(dtype)[case], squared))
+
+    @pytest.mark.parametrize("squared", [False, True], ids=["abs", "squared"])
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+    def test_the_loss_and_its_upstream_gradient(dtype: torch.dtype, squared: bool) -> None:
+        check_loss_and_upstream(flow, dtype, squared)
 
     @pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 66])
     def test_sums_without_signs(length: int) -> None:

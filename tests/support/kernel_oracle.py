@@ -275,3 +275,37 @@ def check_sums_of(special: float, kernels: FlowKernels, dtype: torch.dtype, devi
         assert torch.equal(stats.isnan(), expected.isnan())
         assert torch.equal(stats.isinf(), expected.isinf())
         assert not stats.isfinite().all()
+
+
+def check_loss_and_upstream(
+    kernels: FlowKernels, dtype: torch.dtype, squared: bool, device: str = "cpu"
+) -> None:
+    """The weighted sum of stats that a forward call makes where it is asked to, and a backward call whose coefficients
+    are multiplied by one number: what separate operators make of the same stats and coefficients."""
+    problem = make_problem([StageSpec(5, 300, 3, F32), StageSpec(2, 64)], squared, device)
+    flat = [f for stage in problem.features for f in stage]
+    shape = [5, 2], [300, 64], [3, 1]
+    lengths, _, groups = shape
+    coef = torch.cat(problem.coef)
+    stats, wanted = torch.empty_like(coef), 0 if squared else 4 * plane_bytes(300) + plane_bytes(64)
+    signs = torch.empty(wanted, dtype=torch.uint8, device=device)
+    loss = torch.full((), float("nan"), dtype=dtype, device=device)
+    kernels.flow_forward(flat, lengths, groups, squared, stats, signs, coef, loss)
+    alone = torch.empty_like(stats)
+    kernels.flow_forward(flat, lengths, groups, squared, alone, signs)
+    assert torch.equal(stats, alone)
+    size = (stats * coef).abs().sum()
+    assert (loss.double() - (stats * coef).sum()).abs() <= torch.finfo(dtype).eps * loss.abs() + 1e-15 * size
+
+    upstream = torch.tensor(-0.3, dtype=dtype, device=device)
+    read = flat if squared else []
+    results = []
+    for arguments in ((coef * upstream, None), (coef, upstream)):
+        grads = [torch.empty_like(f) for f in flat]
+        kernels.flow_backward(read, signs, arguments[0], *shape, squared, grads, arguments[1])
+        results.append(grads)
+    for separate, together in zip(*results, strict=True):
+        assert torch.equal(separate, together)
+    nothing = torch.empty(0, dtype=F64, device=device)
+    kernels.flow_forward([], [], [], True, nothing, signs[:0], nothing, loss)
+    assert loss == 0, "a sum of nothing"
