@@ -9,6 +9,7 @@ returns its tensors has none of that. In eager mode the extra hop through Python
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -89,14 +90,12 @@ Part = tuple[Tensor, ...]
 def decomposed_parts(
     walked: Sequence[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None = None
 ) -> list[Part]:
-    """What each of the walked features of stages adds. One autograd node for all of them took more kernels and more
-    compiling."""
+    """What each of the walked features of stages adds: a node for a stage. One for each feature takes as many kernels
+    and 50 ms more of tracing; one for all stages took more kernels."""
     parts: list[Part] = []
     for stage in stages:
-        for index in range(stage.length):
-            last = len(parts) + 1
-            near = walked[last - min(index + 1, 3) : last]
-            parts.append(newest_sums(near, sums, padding) if index else ())
+        walk = walked[len(parts) : len(parts) + stage.length]
+        parts += [(), *newest_sums(walk, sums, padding, newest=stage.length - 1)]
     return parts
 
 
@@ -128,54 +127,76 @@ def weighted_sum(
     return torch.stack(terms).sum()
 
 
-def newest_sums(near: Sequence[Tensor], sums: Sums, padding: Tensor | None = None) -> Part:
-    """`NewestSums` of a feature and the one or two before it."""
-    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in near])  # noqa: C419  as in `stages.Layouts.of`
+def newest_sums(
+    features: Sequence[Tensor], sums: Sums, padding: Tensor | None = None, newest: int = 1
+) -> list[Part]:
+    """What the last `newest` features add; of those before them two are read."""
+    wanted = torch.is_grad_enabled() and any([f.requires_grad for f in features])  # noqa: C419  as in `stages.walked_strides`
     # Dynamo cannot trace a node that nobody differentiates.
     run = NewestSums.apply if wanted else NewestSums.forward
-    made: Part = run(sums.squared, sums.leading, padding, *near)
-    return made
+    flat: Part = run(sums.squared, sums.leading, padding, newest, *features)
+    parts: list[Part] = []
+    for index in range(len(features) - newest, len(features)):
+        count = min(index, 2)
+        parts.append(flat[:count])
+        flat = flat[count:]
+    return parts
 
 
 class NewestSums(torch.autograd.Function):
-    """`NewestSums.apply(squared, leading, padding, *features) -> sums`: what the last of two or three features adds to
-    the sums of its stage, of its difference and, of three, of its second difference. Plain operations in float32
-    (float64 for float64 features); saves the features, which layers save anyway."""
+    """`NewestSums.apply(squared, leading, padding, newest, *features) -> sums`: what each of the last `newest` features
+    adds to the sums of its stage, of its difference and, from the third on, of its second difference. Plain operations
+    in float32 (float64 for float64 features); saves the features, which layers save anyway."""
 
     @staticmethod
-    def forward(squared: bool, leading: int, padding: Tensor | None, *features: Tensor) -> Part:
-        *first, before, newest = [_widened(feature) for feature in features]
-        step = newest - before
-        differences = [step, *[step - (before - oldest) for oldest in first]]
+    def forward(
+        squared: bool, leading: int, padding: Tensor | None, newest: int, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = [_widened(feature) for feature in features]
+        differences: list[Tensor] = []
+        for i in range(len(x) - newest, len(x)):
+            step = x[i] - x[i - 1]
+            differences.append(step)
+            if i > 1:
+                differences.append(step - (x[i - 1] - x[i - 2]))
         return tuple([_grouped(d.square() if squared else d.abs(), leading) for d in differences])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Part) -> None:
-        squared, leading, padding, *features = inputs
-        ctx.settings = squared, leading
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        squared, leading, padding, newest, *features = inputs
+        ctx.settings = squared, leading, newest
         ctx.save_for_backward(padding, *features)
 
     @staticmethod
     def backward(ctx: Any, *grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        squared, leading = ctx.settings
+        squared, leading, newest = ctx.settings
         padding, *features = ctx.saved_tensors
-        *first, before, newest = [_widened(feature) for feature in features]
-        # With the other sign than in the forward pass, whose expressions the compiler would keep: copies of features.
-        step = before - newest
-        differences = [step, *[step - (oldest - before) for oldest in first]]
-        shape = [*newest.shape[:leading], *[1] * (newest.dim() - leading)]
-        coefs = [grad.view(shape) for grad in grad_sums]
-        slope, *bends = [
-            c * (2 * d if squared else d.sign()) for c, d in zip(coefs, differences, strict=True)
+        x = [_widened(feature) for feature in features]
+        shape = [*x[0].shape[:leading], *[1] * (x[0].dim() - leading)]
+        addends: list[list[Tensor]] = [[] for _ in x]
+        given = 0
+        for i in range(len(x) - newest, len(x)):
+            # With the other sign than in the forward pass, whose expressions the compiler would keep: copies of
+            # features.
+            step = x[i - 1] - x[i]
+            slope = grad_sums[given].view(shape) * (2 * step if squared else step.sign())
+            addends[i - 1].append(slope)
+            addends[i].append(-slope)
+            if i > 1:
+                turn = step - (x[i - 2] - x[i - 1])
+                bend = grad_sums[given + 1].view(shape) * (2 * turn if squared else turn.sign())
+                addends[i - 2].append(-bend)
+                addends[i - 1].append(2 * bend)
+                addends[i].append(-bend)
+            given += min(i, 2)
+        grads = [
+            functools.reduce(operator.add, terms).to(feature.dtype)
+            for terms, feature in zip(addends, features, strict=True)
         ]
-        grads = [slope, -slope]
-        for bend in bends:
-            grads = [-bend, slope + 2 * bend, -(slope + bend)]
-        grads = [grad.to(feature.dtype) for grad, feature in zip(grads, features, strict=True)]
         if padding is not None:
             grads = [grad.masked_fill(at_positions(padding, grad.dim()), 0) for grad in grads]
-        wanted = ctx.needs_input_grad[3:]
-        return (None, None, None, *[g if want else None for g, want in zip(grads, wanted, strict=True)])
+        wanted = ctx.needs_input_grad[4:]
+        return (None, None, None, None, *[g if want else None for g, want in zip(grads, wanted, strict=True)])
 
 
 def _widened(feature: Tensor) -> Tensor:
@@ -220,7 +241,7 @@ def _flow_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def by_feature(grads: Sequence[Tensor], wanted: Sequence[bool], nothing: Item) -> list[Tensor | Item]:
     """One entry for each feature: its gradient where one is wanted."""
-    if all(wanted):
+    if False not in wanted:
         return list(grads)
     given = iter(grads)
     return [next(given) if want else nothing for want in wanted]

@@ -99,7 +99,7 @@ class Path:
                 break
             near.insert(0, feature)
         checks.check_one_device(len(self.features) - 1 - len(near), [*near, newest])
-        self.sums.append(newest_sums([*near, newest], sums) if near else ())
+        self.sums += newest_sums([*near, newest], sums) if near else [()]
         if len(before) == 2:
             shape, dtype, device = before[0].shape, before[0].dtype, before[0].device
             self.features[-3] = torch.empty((), dtype=dtype, device=device).expand(shape)
