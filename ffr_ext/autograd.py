@@ -175,10 +175,11 @@ class FlowProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        coef, upstream = ctx.weights, grad_loss
-        if ctx.roots is not None:
-            coef, upstream = torch.where(ctx.roots == 0.0, 0.0, coef * grad_loss / (2.0 * ctx.roots)), None
-        return (None, *_feature_gradients(ctx, ctx.needs_input_grad[1:], coef, upstream))
+        wanted = ctx.needs_input_grad[1:]
+        if ctx.roots is None:
+            return (None, *_feature_gradients(ctx, wanted, ctx.weights, grad_loss))
+        coef = torch.where(ctx.roots == 0.0, 0.0, ctx.weights * grad_loss / (2.0 * ctx.roots))
+        return (None, *_feature_gradients(ctx, wanted, coef))
 
 
 class Product(torch.autograd.Function):
