@@ -141,15 +141,16 @@ class FlowCall:
 
     spec: FlowSpec
     save_signs: bool
-    weights: Tensor
-    dtype: torch.dtype  # of the loss
+    weights: Tensor | None = None
+    dtype: torch.dtype = torch.float64  # of the loss
+    padding: Tensor | None = None  # as for `FlowStats`
     stats: Tensor | None = None  # made by the forward pass
 
 
 class FlowProduct(torch.autograd.Function):
     """`FlowProduct.apply(call, *features)`: `(entries * weights).sum().to(dtype)` in one node, where entries are the
-    sums, or the roots of those of single samples. Eager mode alone; without setup_context, for which the arguments
-    are bound by name at each call.
+    sums, or the roots of those of single samples; without weights the sums themselves, as of `FlowStats`. Eager mode
+    alone; without setup_context, for which the arguments are bound by name at each call.
     """
 
     @staticmethod
@@ -157,7 +158,9 @@ class FlowProduct(torch.autograd.Function):
         spec, weights = call.spec, call.weights
         layouts = spec.layouts(features)
         ctx.weights, ctx.roots = weights, None
-        if spec.sums.leading:
+        if weights is None:
+            loss, signs = _forward(spec, call.save_signs, features, layouts)
+        elif spec.sums.leading:
             call.stats, signs = _forward(spec, call.save_signs, features, layouts)
             ctx.roots = call.stats.sqrt()
             loss = _product(ctx.roots, weights, call.dtype)
@@ -168,7 +171,7 @@ class FlowProduct(torch.autograd.Function):
             ops.flow_kernels(backend).forward(
                 layouts.align(features), lengths, groups, squared, call.stats, signs, weights, loss
             )
-        _save(ctx, spec, layouts, features, signs, None)
+        _save(ctx, spec, layouts, features, signs, call.padding)
         return loss
 
     @staticmethod
@@ -176,6 +179,8 @@ class FlowProduct(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[1:]
+        if ctx.weights is None:
+            return (None, *_feature_gradients(ctx, wanted, grad_loss.contiguous()))
         if ctx.roots is None:
             return (None, *_feature_gradients(ctx, wanted, ctx.weights, grad_loss))
         coef = torch.where(ctx.roots == 0.0, 0.0, ctx.weights * grad_loss / (2.0 * ctx.roots))

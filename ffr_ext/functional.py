@@ -64,9 +64,11 @@ def flow_terms(
     """
     options = FlowOptions(norm, curvature_kind, reduction, transition, backend)
     listed = checks.feature_list(features)
-    plan = _plan(listed, transition, _are_plain(listed))
+    plain = _are_plain(listed)
+    plan = _plan(listed, transition, plain)
     positions = _positions(mask, plan)
-    return _terms(listed, plan, options, compiled.resolve(backend, listed[0].device), positions, _stats)
+    backend = compiled.resolve(backend, listed[0].device)
+    return _terms(listed, plan, options, backend, positions, _eager_stats if plain else _stats)
 
 
 def ffr_loss(
@@ -210,7 +212,8 @@ def penalty(
             return _assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss.to(dtype), terms_of_parts
-    terms = _terms(listed, plan, options, backend, positions, make_stats or _stats)
+    make_stats = make_stats or (_eager_stats if plain else _stats)
+    terms = _terms(listed, plan, options, backend, positions, make_stats)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
 
@@ -302,6 +305,16 @@ def _walked(features: list[Tensor], stages: Sequence[Stage]) -> list[Tensor]:
 def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
     """Whether a gradient of absolute values will be wanted."""
     return not sums.squared and torch.is_grad_enabled() and True in [f.requires_grad for f in walked]
+
+
+def _eager_stats(
+    features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None
+) -> Tensor:
+    """`_stats` where nothing traces or transforms: the same node without arguments that are bound by name."""
+    walked = _walked(features, stages)
+    call = FlowCall(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding=padding)
+    stats: Tensor = FlowProduct.apply(call, *walked)
+    return stats
 
 
 def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> Tensor:

@@ -42,9 +42,8 @@ class Arena:
     tries: int = 4
     jobs: int = 1
     threads: int = 1
-    own_strengths: Mapping[str, Sequence[float]] = field(
-        default_factory=dict
-    )  # by method, instead of its own
+    # To try instead of a method's own.
+    own_strengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a search that is not the same for all."""
