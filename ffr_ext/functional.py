@@ -208,7 +208,8 @@ def penalty(
         loss, parts = _decomposed(listed, plan, sums, options, on_gradient, on_curvature)
 
         def terms_of_parts() -> FlowTerms:
-            rows = _split(compiled.stats_of(parts, [s.length for s in plan.stages]), plan.stages, sums)
+            stats = compiled.stats_of(parts, [s.length for s in plan.stages]).detach()
+            rows = _split(stats, plan.stages, sums)
             return _assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss.to(dtype), terms_of_parts
@@ -250,13 +251,12 @@ def _decomposed(
     on_gradient: float,
     on_curvature: float,
 ) -> tuple[Tensor, list[compiled.Part]]:
-    """The usual loss in plain operations, for a compiler, and the sums it is made of, detached."""
-    # As in `_stats`: a view of an argument of torch.func.grad.
-    walked = _walked([f.view_as(f) for f in features], plan.stages)
+    """The usual loss in plain operations, for a compiler, and the sums it is made of."""
+    walked = _walked(_differentiable(features), plan.stages)
     parts = compiled.decomposed_parts(walked, plan.stages, sums)
     divisors = [stage.divisor(options.norm, options.reduction) for stage in plan.stages]
     loss = compiled.weighted_sum(parts, plan, [(on_gradient / d, on_curvature / d) for d in divisors])
-    return loss, [tuple([p.detach() for p in part]) for part in parts]
+    return loss, parts
 
 
 def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
@@ -307,6 +307,12 @@ def _saves_signs(sums: Sums, walked: list[Tensor]) -> bool:
     return not sums.squared and torch.is_grad_enabled() and True in [f.requires_grad for f in walked]
 
 
+def _differentiable(features: list[Tensor]) -> list[Tensor]:
+    """Features in a graph that is traced: Dynamo takes an argument of torch.func.grad for one that needs no gradient; a
+    view of it is none. Not of the others: each view takes its time to compile."""
+    return [f if f.requires_grad else f.view_as(f) for f in features]
+
+
 def _eager_stats(
     features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None
 ) -> Tensor:
@@ -321,8 +327,7 @@ def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding:
     """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
     tracing = torch.compiler.is_compiling()
     if tracing:
-        # Dynamo takes an argument of torch.func.grad for one that needs no gradient; a view of it is none.
-        features = [f.view_as(f) for f in features]
+        features = _differentiable(features)
     walked = _walked(features, stages)
     if sums.backend == compiled.DECOMPOSED:
         parts = compiled.decomposed_parts(walked, stages, sums, padding)
