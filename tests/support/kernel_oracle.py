@@ -88,7 +88,7 @@ def expected_stats(stage: Sequence[Tensor], spec: StageSpec, squared: bool) -> T
     d, c = differences(stage)
     measure = torch.square if squared else torch.abs
     rows = [measure(v.double()).view(spec.groups, -1).sum(1) for v in d + c]
-    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64, device=stage[0].device)
 
 
 def expected_nibbles(stage: Sequence[Tensor]) -> list[Tensor]:
