@@ -91,7 +91,7 @@ def decomposed_parts(
     walked: Sequence[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None = None
 ) -> list[Part]:
     """What each of the walked features of stages adds: a node for a stage. One for each feature takes as many kernels
-    and 50 ms more of tracing; one for all stages took more kernels."""
+    and longer to trace (docs/log/compiled-step.md); one for all stages took more kernels."""
     parts: list[Part] = []
     for stage in stages:
         walk = walked[len(parts) : len(parts) + stage.length]
