@@ -19,17 +19,21 @@ def _place(tile, across):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.where((a > b) | (a != a), a, b)  # NaN if either is; tl.maximum's is longer in float64
+
+
+@triton.jit
 def _combine(a, b, NORM: tl.constexpr):
     if NORM == 0:
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+        return _larger(a, b)
     return a + b
 
 
 @triton.jit
 def _along(values, AXIS: tl.constexpr, NORM: tl.constexpr):
     if NORM == 0:
-        # tl.max drops NaN; the sum of what is NaN is NaN, of the rest 0.
-        return tl.max(values, AXIS) + tl.sum(tl.where(values != values, values, 0.0), AXIS)
+        return tl.reduce(values, AXIS, _larger)  # tl.max drops NaN
     return tl.sum(values, AXIS)
 
 
@@ -97,7 +101,7 @@ def pair_norms_kernel(
             first_run,
             tl.multiple_of(first_column, COLS),
             runs,
-            columns // VEC * VEC,  # the same; `multiple_of` would hold in the other branch too
+            tl.multiple_of(tl.load(row + 2), VEC),  # of `columns` it would hold in the other branch too
             NORM,
             PARTS,
             ROWS,
@@ -230,7 +234,7 @@ def scale_kernel(
             first_run,
             tl.multiple_of(first_column, COLS),
             runs,
-            columns // VEC * VEC,  # the same; `multiple_of` would hold in the other branch too
+            tl.multiple_of(tl.load(row + 2), VEC),  # of `columns` it would hold in the other branch too
             middle,
             firsts,
             inner,
