@@ -163,7 +163,9 @@ def test_what_holds_in_one_branch_is_hinted_there_only(
 ) -> None:
     """`tl.multiple_of` marks the value, for all that use it: columns that are whole accesses in one branch were taken
     for that in the other, and the norms were wrong on a GPU. Other kernels are compiled for one case or the other."""
-    branching = [item for item, _ in triton_kernels if item["kernel"] in ("pair_norms_kernel", "scale_kernel")]
+    branching = [
+        item for item, _ in triton_kernels if item["kernel"] in ("pair_norms_kernel", "scale_kernel")
+    ]
     assert branching
     for item in branching:
         assert item["hinted"] == [], item["name"]
