@@ -48,24 +48,17 @@ class FlowSpec(NamedTuple):
         )
         return cls(sums, lengths, numels, groups, *compiled.sizes(lengths, numels, groups))
 
-    def empty_stats(self, device: torch.device, save_signs: bool) -> tuple[Tensor, Tensor]:
-        """What the forward kernel fills: stats, and the packed signs if wanted."""
-        return compiled.empty_stats(self.entries, self.packed if save_signs else 0, device)
-
-    def layouts(self, features: Sequence[Tensor]) -> Layouts:
-        return Layouts.of(features, self.lengths, self.sums.leading)
-
 
 def _forward(
     spec: FlowSpec, save_signs: bool, features: Sequence[Tensor], layouts: Layouts
 ) -> tuple[Tensor, Tensor]:
     """The forward pass: (stats, signs)."""
-    (squared, _leading, backend), lengths, _numels, groups, *_ = spec
+    (squared, _leading, backend), lengths, _numels, groups, entries, packed = spec
     features = layouts.align(features)
     if torch.compiler.is_compiling():
         return compiled.flow_stats(features, lengths, groups, squared, save_signs, backend)
-    stats, signs = spec.empty_stats(features[0].device, save_signs)
-    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
+    stats, signs = compiled.empty_stats(entries, packed if save_signs else 0, features[0].device)
+    ops.FLOW_KERNELS[backend].forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
@@ -84,21 +77,6 @@ def _save(
     ctx.save_for_backward(padding, *(features if spec.sums.squared else (signs,)))
 
 
-def _feature_gradients(
-    ctx: Any, wanted: tuple[bool, ...], coef: Tensor, upstream: Tensor | None = None
-) -> list[Tensor | None]:
-    """The backward pass, one entry per feature, from d loss / d stats: `coef`, times the number `upstream`."""
-    call = ctx.spec, ctx.layouts, wanted, coef, upstream
-    if not torch.is_grad_enabled():
-        grads = _flow_gradients(*call, *ctx.saved_tensors)
-    elif transforms_active():
-        # torch.func.grad always records its backward pass; only differentiating that record is refused.
-        grads = _RefusedTwice.apply(*call, *ctx.saved_tensors)
-    else:
-        raise RuntimeError(DOUBLE_BACKWARD)
-    return list(grads) if False not in wanted else compiled.by_feature(grads, wanted, None)
-
-
 class FlowStats(torch.autograd.Function):
     """`FlowStats.apply(spec, save_signs, padding, *features) -> (stats, signs)`; differentiable in the features, once.
 
@@ -109,95 +87,109 @@ class FlowStats(torch.autograd.Function):
     def forward(
         spec: FlowSpec, save_signs: bool, padding: Tensor | None, *features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return _forward(spec, save_signs, features, spec.layouts(features))
+        layouts = Layouts.of(features, spec.lengths, spec.sums.leading)
+        return _forward(spec, save_signs, features, layouts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         spec, _save_signs, padding, *features = inputs
         _stats, signs = output
         ctx.mark_non_differentiable(signs)
-        _save(ctx, spec, spec.layouts(features), features, signs, padding)
+        layouts = Layouts.of(features, spec.lengths, spec.sums.leading)
+        _save(ctx, spec, layouts, features, signs, padding)
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, _signs: None) -> tuple[Tensor | None, ...]:
         if grad_stats is None:
             return (None,) * len(ctx.needs_input_grad)
-        # .sum() and .mean() send stride 0.
-        return (None, None, None, *_feature_gradients(ctx, ctx.needs_input_grad[3:], grad_stats.contiguous()))
+        wanted = ctx.needs_input_grad[3:]
+        coef = grad_stats.contiguous()  # .sum() and .mean() send stride 0
+        arguments = ctx.spec, ctx.layouts, wanted, coef, None, *ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grads = _flow_gradients(*arguments)
+        elif transforms_active():
+            # torch.func.grad always records its backward pass; only differentiating that record is refused.
+            grads = _RefusedTwice.apply(*arguments)
+        else:
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return (None, None, None, *compiled.by_feature(grads, wanted, None))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> None:
         raise RuntimeError(VMAP)
 
 
-def _product(entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+@dataclass
+class FlowCall:
+    """What one call asks for that is no feature: the sums of `spec`, or with `weights` the loss,
+    `(entries * weights).sum().to(dtype)`, where entries are the sums, or the roots of those of single samples."""
+
+    spec: FlowSpec
+    save_signs: bool = False
+    weights: Tensor | None = None
+    dtype: torch.dtype = torch.float64  # of the loss
+    padding: Tensor | None = None  # as for `FlowStats`
+    stats: Tensor | None = None  # of a loss: the sums it was made of
+    roots: Tensor | None = None  # and their roots
+
+    def forward(self, features: Sequence[Tensor], layouts: Layouts) -> tuple[Tensor, Tensor]:
+        """What is asked for, and the signs. Eager mode alone."""
+        spec, weights = self.spec, self.weights
+        if weights is None:
+            return _forward(spec, self.save_signs, features, layouts)
+        if spec.sums.leading:
+            self.stats, signs = _forward(spec, self.save_signs, features, layouts)
+            self.roots = self.stats.sqrt()
+            return weighted_sum(self.roots, weights, self.dtype), signs
+        # Two operators instead of seven.
+        (squared, _leading, backend), lengths, _numels, groups, entries, packed = spec
+        self.stats, signs = compiled.empty_stats(entries, packed if self.save_signs else 0, weights.device)
+        loss = torch.empty((), dtype=self.dtype, device=weights.device)
+        aligned = features if layouts.as_they_lie else layouts.align(features)
+        ops.FLOW_KERNELS[backend].forward(aligned, lengths, groups, squared, self.stats, signs, weights, loss)
+        return loss, signs
+
+    def coefficients(self, upstream: Tensor) -> Tensor:
+        """d loss / d sums, contiguous, from the gradient of what `forward` gave."""
+        if self.weights is None:
+            return upstream.contiguous()  # .sum() and .mean() send stride 0
+        if self.roots is None:
+            return self.weights * upstream
+        return torch.where(self.roots == 0.0, 0.0, self.weights * upstream / (2.0 * self.roots))
+
+
+def weighted_sum(entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss from the entries that `FlowCall` describes."""
     # Operators and not Python's floats, though those are faster on a CPU: tracers see operators alone.
     return (entries * weights).sum().to(dtype)
 
 
-@dataclass(slots=True)
-class FlowCall:
-    """One call of `FlowProduct`: what is no feature, as one argument, since torch looks at each."""
-
-    spec: FlowSpec
-    save_signs: bool
-    weights: Tensor | None = None
-    dtype: torch.dtype = torch.float64  # of the loss
-    padding: Tensor | None = None  # as for `FlowStats`
-    stats: Tensor | None = None  # made by the forward pass
-
-
 class FlowProduct(torch.autograd.Function):
-    """`FlowProduct.apply(call, *features)`: `(entries * weights).sum().to(dtype)` in one node, where entries are the
-    sums, or the roots of those of single samples; without weights the sums themselves, as of `FlowStats`. Eager mode
-    alone; without setup_context, for which the arguments are bound by name at each call.
+    """`FlowProduct.apply(call, *features)`: what `call` asks for, in one node. Eager mode alone; without setup_context,
+    for which the arguments are bound by name at each call.
     """
 
     @staticmethod
     def forward(ctx: Any, call: FlowCall, *features: Tensor) -> Tensor:
-        spec, weights = call.spec, call.weights
-        layouts = spec.layouts(features)
-        ctx.weights, ctx.roots = weights, None
-        if weights is None:
-            loss, signs = _forward(spec, call.save_signs, features, layouts)
-        elif spec.sums.leading:
-            call.stats, signs = _forward(spec, call.save_signs, features, layouts)
-            ctx.roots = call.stats.sqrt()
-            loss = _product(ctx.roots, weights, call.dtype)
-        else:  # two operators instead of seven
-            (squared, _leading, backend), lengths, _numels, groups, *_ = spec
-            call.stats, signs = spec.empty_stats(weights.device, call.save_signs)
-            loss = torch.empty((), dtype=call.dtype, device=weights.device)
-            ops.flow_kernels(backend).forward(
-                layouts.align(features), lengths, groups, squared, call.stats, signs, weights, loss
-            )
-        _save(ctx, spec, layouts, features, signs, call.padding)
-        return loss
+        layouts = Layouts.of(features, call.spec.lengths, call.spec.sums.leading)
+        result, signs = call.forward(features, layouts)
+        ctx.call = call
+        _save(ctx, call.spec, layouts, features, signs, call.padding)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        wanted = ctx.needs_input_grad[1:]
-        if ctx.weights is None:
-            return (None, *_feature_gradients(ctx, wanted, grad_loss.contiguous()))
-        if ctx.roots is None:
-            return (None, *_feature_gradients(ctx, wanted, ctx.weights, grad_loss))
-        coef = torch.where(ctx.roots == 0.0, 0.0, ctx.weights * grad_loss / (2.0 * ctx.roots))
-        return (None, *_feature_gradients(ctx, wanted, coef))
-
-
-class Product(torch.autograd.Function):
-    """`Product.apply(entries, weights, dtype)`: `(entries * weights).sum().to(dtype)` in one node instead of three."""
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.weights = weights
-        return _product(entries, weights, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.weights * grad_loss, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        call, wanted = ctx.call, ctx.needs_input_grad[1:]
+        if call.weights is None or call.roots is not None:
+            coef, factor = call.coefficients(upstream), None
+        else:  # the kernel multiplies
+            coef, factor = call.weights, upstream
+        grads = _flow_gradients(call.spec, ctx.layouts, wanted, coef, factor, *ctx.saved_tensors)
+        return (None, *(grads if False not in wanted else compiled.by_feature(grads, wanted, None)))
 
 
 class _RefusedTwice(torch.autograd.Function):
@@ -209,7 +201,7 @@ class _RefusedTwice(torch.autograd.Function):
         layouts: Any,
         wanted: Any,
         coef: Tensor,
-        upstream: Tensor | None,
+        upstream: None,
         padding: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -237,11 +229,12 @@ def _flow_gradients(
     padding: Tensor | None,
     *saved: Tensor,
 ) -> tuple[Tensor, ...]:
-    """One gradient for each wanted feature, in the feature's dtype and strides, from the contiguous `coef`."""
+    """One gradient for each wanted feature, in the feature's dtype and strides, from the contiguous `coef`, times the
+    number `upstream`."""
     device = coef.device
     (squared, _leading, backend), lengths, numels, groups, *_ = spec
     arguments = (
-        layouts.align(saved) if squared else [],
+        (saved if layouts.as_they_lie else layouts.align(saved)) if squared else [],
         torch.empty(0, dtype=torch.uint8, device=device) if squared else saved[0],
         coef,
         lengths,
@@ -249,11 +242,11 @@ def _flow_gradients(
         groups,
         squared,
     )
-    given = list(zip(*layouts, strict=True))
+    given = list(zip(layouts.shapes, layouts.dtypes, layouts.strides, layouts.walked, strict=True))
     whole = False not in wanted
     if not whole:
         given = [layout for layout, want in zip(given, wanted, strict=True) if want]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         if upstream is not None:
             arguments = (*arguments[:2], coef * upstream, *arguments[3:])
         grads = compiled.flow_gradients(
@@ -271,10 +264,10 @@ def _flow_gradients(
             for shape, dtype, _, walked in given
         ]
         slots = grads if whole else compiled.by_feature(grads, wanted, coef.new_empty(0))
-        ops.flow_kernels(backend).backward(*arguments, slots, upstream)
+        ops.FLOW_KERNELS[backend].backward(*arguments, slots, upstream)
     if padding is not None:
         grads = [grad.masked_fill_(at_positions(padding, grad.dim()), 0) for grad in grads]
-    if layouts.walked == layouts.strides:
+    if layouts.as_they_lie:
         return tuple(grads)
     # A list, not a generator, as in `walked_strides`.
     return tuple(

@@ -219,7 +219,7 @@ def _flow_stats(
 ) -> tuple[Tensor, Tensor]:
     _check_groups(features, lengths, groups)
     stats, signs = _empty_stats(features, lengths, groups, save_signs)
-    ops.flow_kernels(backend).forward(features, lengths, groups, squared, stats, signs)
+    ops.FLOW_KERNELS[backend].forward(features, lengths, groups, squared, stats, signs)
     return stats, signs
 
 
@@ -275,7 +275,7 @@ def _flow_gradients(
 ) -> list[Tensor]:
     grads = _empty_gradients(coef.device, ranks, sizes, strides, dtypes)
     slots = by_feature(grads, wanted, coef.new_empty(0))
-    ops.flow_kernels(backend).backward(features, signs, coef, lengths, numels, groups, squared, slots)
+    ops.FLOW_KERNELS[backend].backward(features, signs, coef, lengths, numels, groups, squared, slots)
     return grads
 
 

@@ -6,35 +6,26 @@ From a call to a kernel: the features are checked (`checks`), split into stages 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, compiled, reference
 from ._torch import transforms_active
-from .autograd import FlowCall, FlowProduct, FlowSpec, FlowStats, Product
+from .autograd import FlowCall, FlowProduct, FlowSpec, FlowStats
 from .options import FlowOptions
 from .stages import Plan, Stage, Sums, make_plan, stage_features
-from .weights import entry_weights, weigh
+from .terms import FlowTerms, Rows, assemble, counted, entry_weights, split, weigh
 
 Weight = float | Sequence[float] | Tensor
 
-# (features, stages, sums, padding) -> stats: how the sums of `stages` are made, with gradients that are 0 where
-# `padding` is True. `FeatureFlow` has its own.
-StatsMaker = Callable[[list[Tensor], Sequence[Stage], Sums, Tensor | None], Tensor]
-
-
-class FlowTerms(NamedTuple):
-    """The terms of the penalty, one entry each, in depth order and before any weight."""
-
-    gradient: Tensor
-    curvature: Tensor
+# (features, stages, call) -> what `call` asks of `stages`, which share a device: their sums (float64, laid out as in
+# design.md section 5), or the loss. `FeatureFlow` has its own.
+Maker = Callable[[list[Tensor], Sequence[Stage], FlowCall], Tensor]
 
 
 def flow_terms(
@@ -66,9 +57,9 @@ def flow_terms(
     listed = checks.feature_list(features)
     plain = _are_plain(listed)
     plan = _plan(listed, transition, plain)
-    positions = _positions(mask, plan)
+    positions = None if mask is None else _positions(mask, plan)
     backend = compiled.resolve(backend, listed[0].device)
-    return _terms(listed, plan, options, backend, positions, _eager_stats if plain else _stats)
+    return _terms(listed, plan, options, backend, positions, _eager if plain else _stats)
 
 
 def ffr_loss(
@@ -163,7 +154,7 @@ def penalty(
     curvature: Weight,
     *,
     mask: Tensor | None = None,
-    make_stats: StatsMaker | None = None,
+    maker: Maker | None = None,
 ) -> tuple[Tensor, Callable[[], FlowTerms]]:
     """The loss, and a function that gives its terms without another pass over the features (and without holding
     them)."""
@@ -174,7 +165,7 @@ def penalty(
     on_curvature = checks.term_weights("curvature", curvature, plan.curvature_terms)
     if plain or not torch.compiler.is_compiling():
         _warn_if_without_effect(on_gradient, on_curvature, plan)
-    positions = _positions(mask, plan)
+    positions = None if mask is None else _positions(mask, plan)
     device, dtype = listed[0].device, _loss_dtype(listed)
     backend = compiled.resolve(options.backend, device)
     if (
@@ -188,16 +179,22 @@ def penalty(
     ):
         weights = entry_weights(plan, options, on_gradient, on_curvature, device)
         sums = Sums(options.squared, int(options.per_sample), backend)
-        loss, stats = _product(listed, plan, sums, weights, dtype, make_stats)
+        spec = plan.kept.get(sums)
+        if spec is None:
+            spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
+        call = FlowCall(spec, weights=weights, dtype=dtype)
+        loss = (maker or _eager)(listed, plan.stages, call)
+        stats = call.stats
+        assert stats is not None
 
         def terms_of_stats() -> FlowTerms:
-            rows = _split(stats, plan.stages, sums)
-            return _assemble(rows, rows, plan, options, None, device, dtype)
+            rows = split(stats, plan.stages, sums)
+            return assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss, terms_of_stats
     if (
         backend == compiled.DECOMPOSED
-        and make_stats is None
+        and maker is None
         and positions is None
         and not (options.angles or options.per_sample)
         and isinstance(on_gradient, float)
@@ -209,38 +206,14 @@ def penalty(
 
         def terms_of_parts() -> FlowTerms:
             stats = compiled.stats_of(parts, [s.length for s in plan.stages]).detach()
-            rows = _split(stats, plan.stages, sums)
-            return _assemble(rows, rows, plan, options, None, device, dtype)
+            rows = split(stats, plan.stages, sums)
+            return assemble(rows, rows, plan, options, None, device, dtype)
 
         return loss.to(dtype), terms_of_parts
-    make_stats = make_stats or (_eager_stats if plain else _stats)
-    terms = _terms(listed, plan, options, backend, positions, make_stats)
+    maker = maker or (_eager if plain else _stats)
+    terms = _terms(listed, plan, options, backend, positions, maker)
     loss = weigh("gradient", on_gradient, terms.gradient) + weigh("curvature", on_curvature, terms.curvature)
     return loss.to(dtype), lambda: terms
-
-
-def _product(
-    features: list[Tensor],
-    plan: Plan,
-    sums: Sums,
-    weights: Tensor,
-    dtype: torch.dtype,
-    make_stats: StatsMaker | None,
-) -> tuple[Tensor, Tensor]:
-    """The usual loss, and the sums it is made of: all terms come from one call of a kernel, and the loss is one product
-    of what it gives, or of the roots of that, with a vector."""
-    if make_stats is None:
-        spec = plan.kept.get(sums)
-        if spec is None:
-            spec = plan.kept[sums] = FlowSpec.of(plan.stages, sums)
-        walked = _walked(features, plan.stages)
-        call = FlowCall(spec, _saves_signs(sums, walked), weights, dtype)
-        loss = FlowProduct.apply(call, *walked)
-        assert call.stats is not None
-        return loss, call.stats
-    stats = make_stats(features, plan.stages, sums, None)
-    entries = reference.safe_sqrt(stats) if sums.leading else stats
-    return Product.apply(entries, weights, dtype), stats.detach()
 
 
 def _decomposed(
@@ -266,8 +239,8 @@ def _plan(features: list[Tensor], transition: str, plain: bool) -> Plan:
 _kept_plan = lru_cache(maxsize=256)(make_plan)
 
 
-def _positions(mask: Tensor | None, plan: Plan) -> Tensor | None:
-    return None if mask is None else checks.position_mask(mask, [(s.first, s.shape) for s in plan.stages])
+def _positions(mask: Tensor, plan: Plan) -> Tensor:
+    return checks.position_mask(mask, [(s.first, s.shape) for s in plan.stages])
 
 
 def _are_plain(features: list[Tensor]) -> bool:
@@ -313,29 +286,29 @@ def _differentiable(features: list[Tensor]) -> list[Tensor]:
     return [f if f.requires_grad else f.view_as(f) for f in features]
 
 
-def _eager_stats(
-    features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None
-) -> Tensor:
-    """`_stats` where nothing traces or transforms: the same node without arguments that are bound by name."""
+def _eager(features: list[Tensor], stages: Sequence[Stage], call: FlowCall) -> Tensor:
+    """Where nothing traces or transforms."""
     walked = _walked(features, stages)
-    call = FlowCall(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding=padding)
-    stats: Tensor = FlowProduct.apply(call, *walked)
-    return stats
+    call.save_signs = _saves_signs(call.spec.sums, walked)
+    result: Tensor = FlowProduct.apply(call, *walked)
+    return result
 
 
-def _stats(features: list[Tensor], stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> Tensor:
-    """The kernels' sums for `stages`, which must share a device: float64, laid out as in design.md section 5."""
+def _stats(features: list[Tensor], stages: Sequence[Stage], call: FlowCall) -> Tensor:
+    """Where something does: the sums alone."""
+    assert call.weights is None
+    sums = call.spec.sums
     tracing = torch.compiler.is_compiling()
     if tracing:
         features = _differentiable(features)
     walked = _walked(features, stages)
     if sums.backend == compiled.DECOMPOSED:
-        parts = compiled.decomposed_parts(walked, stages, sums, padding)
+        parts = compiled.decomposed_parts(walked, stages, sums, call.padding)
         return compiled.stats_of(parts, [stage.length for stage in stages])
     # Dynamo cannot trace a node that nobody differentiates.
     wanted = torch.is_grad_enabled() and any(f.requires_grad for f in walked)
     run = FlowStats.forward if tracing and not wanted else FlowStats.apply
-    stats, _signs = run(FlowSpec.of(stages, sums), _saves_signs(sums, walked), padding, *walked)
+    stats, _signs = run(call.spec, _saves_signs(sums, walked), call.padding, *walked)
     return stats
 
 
@@ -345,7 +318,7 @@ def _terms(
     options: FlowOptions,
     backend: str,
     mask: Tensor | None,
-    make_stats: StatsMaker,
+    maker: Maker,
 ) -> FlowTerms:
     """Every term by itself, for every setting."""
     if backend == "reference":
@@ -362,18 +335,15 @@ def _terms(
     per_sample = options.per_sample or (options.squared and options.angles)
     # With a mask one sum for each position, of which those that count are added up.
     leading = int(per_sample) if mask is None else mask.dim()
-    rows = squares = _rows(features, plan.stages, Sums(options.squared, leading, backend), mask, make_stats)
+    rows = squares = _rows(features, plan.stages, Sums(options.squared, leading, backend), mask, maker)
     if options.angles and not options.squared:
         # Angles come from squared norms per sample; l1 has none of them, and takes a second pass.
-        squares = _rows(features, plan.stages, Sums(True, max(leading, 1), backend), mask, make_stats)
-    return _assemble(rows, squares, plan, options, mask, features[0].device, _loss_dtype(features))
-
-
-Rows = list[tuple[Tensor, Tensor]]  # per stage the (differences, groups) and the (bends, groups) sums
+        squares = _rows(features, plan.stages, Sums(True, max(leading, 1), backend), mask, maker)
+    return assemble(rows, squares, plan, options, mask, features[0].device, _loss_dtype(features))
 
 
 def _rows(
-    features: list[Tensor], stages: Sequence[Stage], sums: Sums, mask: Tensor | None, make_stats: StatsMaker
+    features: list[Tensor], stages: Sequence[Stage], sums: Sums, mask: Tensor | None, maker: Maker
 ) -> Rows:
     """One fused call per run of stages on a device. With a mask the groups are samples, of what counts in them."""
     rows: Rows = []
@@ -384,69 +354,15 @@ def _rows(
             continue
         run = stages[first:index]
         if mask is None:
-            rows += _split(make_stats(features, run, sums, None), run, sums)
+            call = FlowCall(FlowSpec.of(run, sums))
+            rows += split(maker(features, run, call), run, sums)
         else:
             mask = mask.to(device)
             # Absolute values need no padding: the sign of a NaN is 0.
-            stats = make_stats(features, run, sums, ~mask if sums.squared else None)
-            for stage, (lengths, bends) in zip(run, _split(stats, run, sums), strict=True):
-                rows.append((_counted(lengths, stage, mask), _counted(bends, stage, mask)))
+            call = FlowCall(FlowSpec.of(run, sums), padding=~mask if sums.squared else None)
+            for stage, (lengths, bends) in zip(
+                run, split(maker(features, run, call), run, sums), strict=True
+            ):
+                rows.append((counted(lengths, stage, mask), counted(bends, stage, mask)))
         first = index
-    return rows
-
-
-def _counted(rows: Tensor, stage: Stage, mask: Tensor) -> Tensor:
-    """(rows, positions) -> (rows, B): sums over the positions of each sample that count."""
-    positions = mask.expand(stage.shape[: mask.dim()]).reshape(-1)
-    kept = torch.where(positions, rows, 0)  # a product with 0 would keep NaN
-    return kept.view(len(rows), stage.batch, math.prod(stage.shape[1 : mask.dim()])).sum(2)
-
-
-def _split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> Rows:
-    """`stats` of `stages` as views."""
-    rows, offset = [], 0
-    for stage in stages:
-        groups = stage.groups(sums.leading)
-        bends = offset + stage.differences * groups
-        end = bends + stage.bends * groups
-        rows.append(
-            (
-                stats[offset:bends].view(stage.differences, groups),
-                stats[bends:end].view(stage.bends, groups),
-            )
-        )
-        offset = end
-    return rows
-
-
-def _assemble(
-    rows: Rows,
-    squares: Rows,
-    plan: Plan,
-    options: FlowOptions,
-    mask: Tensor | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> FlowTerms:
-    """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
-    gradient, curvature = [], []
-    root = reference.safe_sqrt if options.per_sample else _identity
-    for stage, (lengths, bends), (square_lengths, square_bends) in zip(
-        plan.stages, rows, squares, strict=True
-    ):
-        divisor = stage.divisor(options.norm, options.reduction, mask, lengths.device)
-        gradient.append((root(lengths[stage.counted_by_earlier :]) / divisor).sum(1))
-        if options.angles:
-            angles = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends)
-            averaged = "sum" if options.reduction == "sum" else "batchmean"
-            curvature.append((angles / stage.divisor(options.norm, averaged, mask, angles.device)).sum(1))
-        else:
-            curvature.append((root(bends) / divisor).sum(1))
-    return FlowTerms(
-        torch.cat([t.to(device) for t in gradient]).to(dtype),
-        torch.cat([t.to(device) for t in curvature]).to(dtype),
-    )
-
-
-def _identity(rows: Tensor) -> Tensor:
     return rows

@@ -106,15 +106,10 @@ class FlowKernels(NamedTuple):
     backward_at: Callable[..., None]
 
 
-_FLOW = {
+FLOW_KERNELS = {
     backend: FlowKernels(*(kernel(f"flow_{way}", backend) for way in FlowKernels._fields))
     for backend in ("cpu", "cuda", "triton")
 }
-
-
-def flow_kernels(backend: str) -> FlowKernels:
-    """The loss kernels of a concrete backend."""
-    return _FLOW[backend]
 
 
 def sign_bytes(length: int, numel: int) -> int:

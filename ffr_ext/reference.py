@@ -98,13 +98,15 @@ def angle(before: Tensor, after: Tensor, bend: Tensor) -> Tensor:
     NaN where one is not finite.
     """
     a, b = safe_sqrt(before), safe_sqrt(after)
-    still = ((before == 0) | (after == 0)) & bend.isfinite()
+    still = (before == 0) | (after == 0)
     scale = torch.where(still, 1, 2 * a * b)
-    one_minus_cos = torch.where(still, 0, (bend - (a - b).square()) / scale).clamp(0, 2)
-    edge = (one_minus_cos <= 0) | (one_minus_cos >= 2)  # a NaN is not
+    # 0 times a bend that is not finite is NaN.
+    one_minus_cos = torch.where(still, 0 * bend.detach(), (bend - (a - b).square()) / scale).clamp(0, 2)
+    back = one_minus_cos >= 2
+    edge = (one_minus_cos <= 0) | back  # a NaN is not
     u = torch.where(edge, 1, one_minus_cos)
     theta = 2 * torch.atan2(u.sqrt(), (2 - u).sqrt())
-    return torch.where(edge, torch.where(one_minus_cos >= 2, torch.pi, 0.0), theta)
+    return torch.where(edge, torch.where(back, torch.pi, 0.0), theta)
 
 
 def angle_term(before: Tensor, after: Tensor, reduction: str, mask: Tensor | None = None) -> Tensor:

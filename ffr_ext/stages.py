@@ -148,6 +148,7 @@ class Layouts(NamedTuple):
     dtypes: list[torch.dtype]
     strides: list[tuple[int, ...]]
     walked: list[tuple[int, ...]]  # the strides in which the kernels walk a feature, and write its gradient
+    as_they_lie: bool  # all of them
 
     @classmethod
     def of(cls, features: Sequence[Tensor], lengths: Sequence[int], leading: int) -> Layouts:
@@ -161,7 +162,7 @@ class Layouts(NamedTuple):
                 lie = walked_strides(shapes[first], lie, leading)
             walked += lie
             first += length
-        return cls(shapes, [f.dtype for f in features], strides, walked)
+        return cls(shapes, [f.dtype for f in features], strides, walked, walked == strides)
 
     def align(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The features as the kernels walk them: the very same tensors, or contiguous copies."""

@@ -164,7 +164,7 @@ def make_features(setting: Setting, device: str) -> list[Tensor]:
 
 def kernel_runs(setting: Setting, features: list[Tensor], norm: str, backend: str) -> dict[str, Run]:
     """The ops alone, as autograd calls them."""
-    forward, backward, backward_at = ops.flow_kernels(backend)
+    forward, backward, backward_at = ops.FLOW_KERNELS[backend]
     squared = norm != "l1"
     device = features[0].device
     lengths = [s.length for s in setting.stages]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import compiled
-from ..functional import FlowTerms, StatsMaker, flow_terms, penalty
+from ..autograd import FlowCall, weighted_sum
+from ..functional import FlowTerms, Maker, flow_terms, penalty
 from ..options import FlowOptions
+from ..reference import safe_sqrt
 from ..stages import Stage, Sums, make_plan
 from .paths import Path, independent, joined
 from .taps import collect
@@ -29,7 +31,7 @@ def penalty_of(
     for path, weights in zip(paths, _weights(paths, options, gradient, curvature), strict=True):
         try:
             loss, terms_of_path = penalty(
-                path.features, options, *weights, make_stats=_just_in_time(path), **_masked(path)
+                path.features, options, *weights, maker=_just_in_time(path), **_masked(path)
             )
         except (TypeError, ValueError) as error:
             if not str(error).startswith("features"):
@@ -47,7 +49,7 @@ def terms_of(paths: Iterable[Path], options: FlowOptions) -> FlowTerms:
     terms: list[Callable[[], FlowTerms]] = []
     for path in paths:
         if path.sums:
-            terms.append(penalty(path.features, options, 1.0, 1.0, make_stats=partial(_summed, path))[1])
+            terms.append(penalty(path.features, options, 1.0, 1.0, maker=partial(_summed, path))[1])
             continue
         keywords: dict[str, Any] = {**asdict(options), **_masked(path)}
         terms.append(partial(flow_terms, [feature.detach() for feature in path.features], **keywords))
@@ -88,8 +90,8 @@ def _weights(
     return result
 
 
-def _just_in_time(path: Path) -> StatsMaker | None:
-    """How the sums of a path are made if each feature gets its gradient by itself; None for one node for all
+def _just_in_time(path: Path) -> Maker | None:
+    """Who makes the sums of a path, or its loss, if each feature gets its gradient by itself; None for one node for all
     features, as in ``ffr_loss``."""
     if path.sums:
         return partial(_summed, path)
@@ -100,10 +102,13 @@ def _just_in_time(path: Path) -> StatsMaker | None:
     return partial(collect, slots, [tap[1] for tap in taps if tap is not None])
 
 
-def _summed(
-    path: Path, _features: list[Tensor], stages: Sequence[Stage], _sums: Sums, _padding: Tensor | None
-) -> Tensor:
-    return path.stats(stages)
+def _summed(path: Path, _features: list[Tensor], stages: Sequence[Stage], call: FlowCall) -> Tensor:
+    stats = path.stats(stages)
+    if call.weights is None:
+        return stats
+    call.stats = stats.detach()
+    entries = safe_sqrt(stats) if call.spec.sums.leading else stats
+    return weighted_sum(entries, call.weights, call.dtype)
 
 
 def sums_while_traced(options: FlowOptions) -> Sums | None:

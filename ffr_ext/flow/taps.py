@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .. import ops
 from .._torch import graph_task, transforms_active
-from ..autograd import DOUBLE_BACKWARD, FlowSpec
+from ..autograd import DOUBLE_BACKWARD, FlowCall
 from ..reference import at_positions
-from ..stages import Stage, Sums, stage_features, with_strides
+from ..stages import Layouts, Stage, stage_features, with_strides
 
 _LOST = (
     "FeatureFlow: a captured feature was reached outside the backward pass of its loss. Two backward passes "
@@ -101,7 +101,9 @@ class Tap(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """`Collect.apply(walk, features, slots, *tokens) -> stats`, differentiable through the slots' taps."""
+    """`Collect.apply(walk, features, slots, *tokens)`: what the walk's call asks for, differentiable through the slots'
+    taps.
+    """
 
     @staticmethod
     def forward(
@@ -110,21 +112,20 @@ class Collect(torch.autograd.Function):
         ctx.walk = walk
         ctx.tokens = len(tokens)
         ctx.set_materialize_grads(False)
-        stats, saved = walk.run(features, slots, save=bool(tokens))
+        result, saved = walk.run(features, slots, save=bool(tokens))
         ctx.save_for_backward(*saved)
-        return stats
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(DOUBLE_BACKWARD)
-        if grad_stats is None:
+        if upstream is None:
             ctx.walk.live = _Live(ctx.walk, None, ())
             return (None,) * (3 + ctx.tokens)
-        # .sum() and .mean() send stride 0.
-        ctx.walk.live = _Live(ctx.walk, grad_stats.contiguous(), ctx.saved_tensors)
+        ctx.walk.live = _Live(ctx.walk, ctx.walk.call.coefficients(upstream), ctx.saved_tensors)
         # Autograd makes a tap's stream wait for this one only if a tensor on the device flows between them.
-        zero = torch.zeros((), device=grad_stats.device) if grad_stats.is_cuda else None
+        zero = torch.zeros((), device=upstream.device) if upstream.is_cuda else None
         return (None, None, None, *(zero,) * ctx.tokens)
 
 
@@ -133,21 +134,20 @@ def collect(
     tokens: Sequence[Tensor],
     features: list[Tensor],
     stages: Sequence[Stage],
-    sums: Sums,
-    padding: Tensor | None,
+    call: FlowCall,
 ) -> Tensor:
-    """The sums of `stages` (`functional.StatsMaker`), differentiable through the taps of the features."""
-    return Collect.apply(Walk(stages, sums, padding), features, slots, *tokens)
+    """A `functional.Maker`: differentiable through the taps of the features."""
+    return Collect.apply(Walk(stages, call), features, slots, *tokens)
 
 
 class Walk:
     """One call of the forward kernel, over stages of one device. A place is an index into its features."""
 
-    def __init__(self, stages: Sequence[Stage], sums: Sums, padding: Tensor | None) -> None:
+    def __init__(self, stages: Sequence[Stage], call: FlowCall) -> None:
         self.stages = stages
-        self.spec = FlowSpec.of(stages, sums)
-        self.padding = padding  # where gradients are 0, whatever is there
-        self.kernels = ops.flow_kernels(sums.backend)
+        self.call = call
+        self.spec = call.spec
+        self.kernels = ops.FLOW_KERNELS[call.spec.sums.backend]
         self.stage_of: list[int] = []
         self.first: list[int] = []  # place of each stage's first walked feature
         self.mapped: list[bool] = []  # whether a place is a feature pooled from the earlier stage
@@ -158,22 +158,21 @@ class Walk:
     def run(
         self, features: list[Tensor], slots: Sequence[Slot | None], save: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """stats, and what to save: the packed signs, or the walked features."""
+        """What the call asks for, and what to save: the packed signs, or the walked features."""
         walked: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             self.first.append(len(walked))
             walked += stage_features(features, stage)
             self.stage_of += [index] * stage.length
             self.mapped += [True] * stage.tail + [False] * stage.own
-        self.layouts = self.spec.layouts(walked)
-        (squared, *_), lengths, _numels, groups, *_ = self.spec
-        aligned = self.layouts.align(walked)
-        stats, signs = self.spec.empty_stats(aligned[0].device, save and not squared)
-        self.kernels.forward(aligned, lengths, groups, squared, stats, signs)
+        squared, leading, _backend = self.spec.sums
+        self.layouts = Layouts.of(walked, self.spec.lengths, leading)
+        self.call.save_signs = save and not squared
+        result, signs = self.call.forward(walked, self.layouts)
         if not save:
-            return stats, []
+            return result, []
         self._tell(slots)
-        return stats, walked if squared else [signs]
+        return result, walked if squared else [signs]
 
     def _tell(self, slots: Sequence[Slot | None]) -> None:
         """Tell the taps where their features are."""
@@ -242,10 +241,11 @@ class _Live:
             grad,
             accumulate,
         )
-        if walk.padding is not None:
+        padding = walk.call.padding
+        if padding is not None:
             if self.stream is not None:
-                self._used_on_this_stream([walk.padding])
-            grad.masked_fill_(at_positions(walk.padding, grad.dim()), 0)
+                self._used_on_this_stream([padding])
+            grad.masked_fill_(at_positions(padding, grad.dim()), 0)
         self._release(place)
 
     def _value(self, place: int) -> Tensor:

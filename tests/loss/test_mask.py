@@ -165,7 +165,7 @@ def test_gradients_just_in_time(norm: str, kind: str, fused: str) -> None:
             layer.register_forward_hook(lambda _m, _a, output: features.append(output))
         model(inputs[0])
         (path,) = flow._checked()
-        loss, _ = penalty(path.features, flow.options, 1.0, 1.0, mask=mask, make_stats=_just_in_time(path))
+        loss, _ = penalty(path.features, flow.options, 1.0, 1.0, mask=mask, maker=_just_in_time(path))
     leaves = [f.detach().requires_grad_() for f in features]
     truth = ffr_loss(leaves, norm=norm, curvature_kind=kind, mask=mask, backend=fused)
     torch.testing.assert_close(loss, truth)

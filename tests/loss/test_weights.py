@@ -14,7 +14,7 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ffr_ext import ffr_loss, functional, weights
+from ffr_ext import ffr_loss, functional, terms
 from ffr_ext.options import FlowOptions
 from ffr_ext.stages import Plan
 
@@ -168,8 +168,8 @@ def plan_of(features: list[Tensor]) -> Plan:
     return functional._plan(features, "break", plain=True)
 
 
-def units_of(features: list[Tensor]) -> list[weights._Units]:
-    return [kept for kept in plan_of(features).kept.values() if isinstance(kept, weights._Units)]
+def units_of(features: list[Tensor]) -> list[terms._Units]:
+    return [kept for kept in plan_of(features).kept.values() if isinstance(kept, terms._Units)]
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -181,9 +181,9 @@ def test_weights_made_on_one_stream_are_not_read_on_another(
     plan.kept.clear()
     read = []
     for stream in ("one", "other"):
-        monkeypatch.setattr(weights, "_owner", lambda device, stream=stream: stream)
-        read.append(weights.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")))
-        assert weights.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")) is read[-1]
+        monkeypatch.setattr(terms, "_owner", lambda device, stream=stream: stream)
+        read.append(terms.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")))
+        assert terms.entry_weights(plan, options, 0.5, 1.0, torch.device("cpu")) is read[-1]
     one, other = plan.kept.values()
     assert one.gradient.data_ptr() != other.gradient.data_ptr()
     assert read[0].data_ptr() != read[1].data_ptr()
@@ -203,8 +203,8 @@ def test_weights_made_while_a_graph_is_captured(
     kept = {id(units): units.last for units in units_of(features)}
     for units in units_of(features):
         units.gradient.fill_(torch.nan)  # whoever reads it shows it
-    monkeypatch.setattr(weights, "_capturing", lambda device: True)
-    monkeypatch.setattr(weights, "_owner", lambda device: None)
+    monkeypatch.setattr(terms, "_capturing", lambda device: True)
+    monkeypatch.setattr(terms, "_owner", lambda device: None)
     monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a copy from the host"))
     for _ in range(2):
         assert torch.equal(ffr_loss(features, **options), expected)
@@ -215,6 +215,6 @@ def test_weights_made_while_a_graph_is_captured(
 def test_a_list_filled_in_by_kernels_is_the_list(
     weights_of_terms: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_capturing", lambda device: True)
-    made = weights._on_device(weights_of_terms, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(terms, "_capturing", lambda device: True)
+    made = terms._on_device(weights_of_terms, torch.float32, torch.device("cpu"))
     assert torch.equal(made, torch.tensor(weights_of_terms))

@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def kernels(backend: str) -> Any:
-    forward, backward, backward_at = ops.flow_kernels(backend)
+    forward, backward, backward_at = ops.FLOW_KERNELS[backend]
     return SimpleNamespace(flow_forward=forward, flow_backward=backward, flow_backward_at=backward_at)
 
 

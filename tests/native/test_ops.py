@@ -65,7 +65,7 @@ def _native() -> None:
 def test_opcheck_of_the_loss_kernels(sample: Any) -> None:
     _native()
     a = _arguments(*sample)
-    kernels = ops.flow_kernels("cpu")
+    kernels = ops.FLOW_KERNELS["cpu"]
     forward = (a["features"], a["lengths"], a["groups"], a["squared"], a["stats"], a["signs"])
     torch.library.opcheck(kernels.forward, forward)
     torch.library.opcheck(kernels.forward, (*forward, a["coef"], a["loss"]))
@@ -110,7 +110,7 @@ def test_the_loss_is_a_weighted_sum_of_stats_and_its_upstream_gradient_a_factor(
 
 def test_backward_at_is_backward_one_feature_at_a_time() -> None:
     _native()
-    kernels = ops.flow_kernels("cpu")
+    kernels = ops.FLOW_KERNELS["cpu"]
     for squared, per_sample in ((False, False), (True, False), (True, True)):
         a = _arguments([5], torch.float32, "contiguous", squared, per_sample)
         kernels.forward(a["features"], a["lengths"], a["groups"], squared, a["stats"], a["signs"])
@@ -136,7 +136,7 @@ def test_packed_signs_are_nibbles_with_the_documented_codes() -> None:
     )
     features = list(values)
     stats, signs = torch.empty(3, dtype=torch.float64), torch.zeros(ops.sign_bytes(3, 5), dtype=torch.uint8)
-    ops.flow_kernels("cpu").forward(features, [3], [1], False, stats, signs)
+    ops.FLOW_KERNELS["cpu"].forward(features, [3], [1], False, stats, signs)
     planes = signs.view(2, 16)
 
     def nibble(plane: int, element: int) -> int:

@@ -1,16 +1,28 @@
-"""The weights of the terms as the loss needs them: on the device, one for every entry of the kernels' sums."""
+"""The terms of the penalty from the kernels' sums, and their weights, one for each of the sums on their device."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .options import FlowOptions
-from .stages import Plan
+from .stages import Plan, Stage, Sums
+
+Rows = list[tuple[Tensor, Tensor]]  # per stage the (differences, groups) and the (bends, groups) sums
+
+
+class FlowTerms(NamedTuple):
+    """The terms of the penalty, one entry each, in depth order and before any weight."""
+
+    gradient: Tensor
+    curvature: Tensor
 
 
 @dataclass
@@ -81,9 +93,11 @@ def _make_units(plan: Plan, options: FlowOptions, device: torch.device) -> _Unit
 
 def weigh(name: str, weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
     """`(weight * terms).sum()`. ValueError for a tensor without values, where the terms have some."""
+    if isinstance(weight, float):
+        return weight * terms.sum()
     if isinstance(weight, list):
         weight = _on_device(weight, terms.dtype, terms.device)
-    elif isinstance(weight, Tensor):
+    else:
         if weight.device.type == "meta" != terms.device.type:
             raise ValueError(f"{name}: expected a tensor with values, got one on the device meta")
         weight = weight.to(terms.device)
@@ -98,3 +112,66 @@ def _on_device(weights: list[float], dtype: torch.dtype, device: torch.device) -
         return torch.cat(filled) if filled else torch.empty(0, dtype=dtype, device=device)
     host = torch.tensor(weights, dtype=dtype, device="cpu")
     return host.to(device, non_blocking=True)
+
+
+def split(stats: Tensor, stages: Sequence[Stage], sums: Sums) -> Rows:
+    """`stats` of `stages` as views."""
+    rows, offset = [], 0
+    for stage in stages:
+        groups = stage.groups(sums.leading)
+        bends = offset + stage.differences * groups
+        end = bends + stage.bends * groups
+        rows.append(
+            (
+                stats[offset:bends].view(stage.differences, groups),
+                stats[bends:end].view(stage.bends, groups),
+            )
+        )
+        offset = end
+    return rows
+
+
+def counted(rows: Tensor, stage: Stage, mask: Tensor) -> Tensor:
+    """(rows, positions) -> (rows, B): sums over the positions of each sample that count."""
+    positions = mask.expand(stage.shape[: mask.dim()]).reshape(-1)
+    kept = torch.where(positions, rows, 0)  # a product with 0 would keep NaN
+    return kept.view(len(rows), stage.batch, math.prod(stage.shape[1 : mask.dim()])).sum(2)
+
+
+def assemble(
+    rows: Rows,
+    squares: Rows,
+    plan: Plan,
+    options: FlowOptions,
+    mask: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FlowTerms:
+    """The terms from the kernels' sums; `squares` are squared norms per sample, which only angles need."""
+    gradient, curvature = [], []
+    root = reference.safe_sqrt if options.per_sample else _identity
+    for stage, (lengths, bends), (square_lengths, square_bends) in zip(
+        plan.stages, rows, squares, strict=True
+    ):
+        divisor = stage.divisor(options.norm, options.reduction, mask, lengths.device)
+        gradient.append(_divided_sum(root(lengths[stage.counted_by_earlier :]), divisor))
+        if options.angles:
+            angles = reference.angle(square_lengths[:-1], square_lengths[1:], square_bends)
+            averaged = "sum" if options.reduction == "sum" else "batchmean"
+            divisor = stage.divisor(options.norm, averaged, mask, angles.device)
+            curvature.append(_divided_sum(angles, divisor))
+        else:
+            curvature.append(_divided_sum(root(bends), divisor))
+    return FlowTerms(
+        torch.cat([t.to(device) for t in gradient]).to(dtype),
+        torch.cat([t.to(device) for t in curvature]).to(dtype),
+    )
+
+
+def _divided_sum(rows: Tensor, divisor: float | Tensor) -> Tensor:
+    """`(rows / divisor).sum(1)`; the divisor may be one for each sample."""
+    return (rows / divisor).sum(1) if isinstance(divisor, Tensor) else rows.sum(1) / divisor
+
+
+def _identity(rows: Tensor) -> Tensor:
+    return rows
