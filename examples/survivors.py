@@ -5,8 +5,8 @@
     python examples/survivors.py --model resnet8 --epochs 30
 
 For each network: the dead filters are zeroed and cut out, the channels that tell the digits are selected on the smaller
-network, and the heatmaps of the larger and of the smaller one are compared. Writes survivors.csv, layers.csv and
-pictures to --out; a finished training is kept there as a checkpoint and not repeated.
+network, and the heatmaps of the larger and of the smaller one are compared. Writes survivors.csv,
+survivors-layers.csv and pictures to --out; a finished training is kept there as a checkpoint and not repeated.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         f"\ndead: effective scale at or below {DEAD}, zeroed and cut out; mu {MU:g}; filters behind a batch norm"
     )
     write_csv(options.out / "survivors.csv", rows)
-    write_csv(options.out / "layers.csv", layers)
+    write_csv(options.out / "survivors-layers.csv", layers)
     return rows
 
 

@@ -92,9 +92,9 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def check_dense_weights(model: nn.Module, caller: str) -> None:
-    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones. Kernels and
-    `torch.export` would fail somewhere inside of them."""
+def check_dense_weights(model: nn.Module, caller: str, *, values: bool = True) -> None:
+    """ValueError for weights whose zeros cannot be seen or cut: quantised, sharded or lazy ones, and where ``values``
+    are read those on the meta device. Kernels and `torch.export` would fail somewhere inside of them."""
     for name, tensor in all_tensors(model):
         kind = type(tensor)
         what = None
@@ -104,6 +104,8 @@ def check_dense_weights(model: nn.Module, caller: str) -> None:
             what = (
                 f"is a {kind.__module__}.{kind.__name__}, whose numbers are not in a dense tensor: {_FIRST}"
             )
+        elif values and tensor.is_meta:
+            what = "is on the device meta and has no values: load the weights first"
         elif tensor.is_quantized:
             what = f"is of the quantised dtype {tensor.dtype}: {_FIRST}"
         elif tensor.layout != torch.strided:

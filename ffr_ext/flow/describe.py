@@ -45,7 +45,8 @@ class Description:
             )
         for kind, terms in (("gradient", self.gradient), ("curvature", self.curvature)):
             text = ", ".join("-".join(map(str, term)) for term in terms) or "none"
-            lines.append(f"{len(terms)} {kind} terms, weight {_weight(self.settings[kind])}: {text}")
+            number = f"{len(terms)} {kind} term" + "s" * (len(terms) != 1)
+            lines.append(f"{number}, weight {_weight(self.settings[kind])}: {text}")
         lines.append(
             ", ".join(f"{k} {v}" for k, v in self.settings.items() if k not in ("gradient", "curvature"))
         )

@@ -171,8 +171,11 @@ class BaseRegularizer:
         """
         if not isinstance(state, Mapping) or "scale" not in state:
             raise ValueError(f"state: expected what state_dict() returned, {{'scale': ...}}, got {state!r}")
+        enabled = state.get("enabled", True)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"state['enabled']: expected True or False, got {enabled!r}")
         self.scale = state["scale"]
-        self.enabled = state.get("enabled", True)
+        self.enabled = enabled
 
     def attach(self) -> Self:
         """Put hooks on the model, where the method needs some; no effect if they are there."""

@@ -133,6 +133,6 @@ def test_survivors_have_the_same_heat_before_and_after_compaction(tmp_path: Path
     for row in rows:
         assert row["largest_heat_change"] < 1e-3
         assert 0 < row["selected"] <= row["alive"] <= row["filters"] == 240
-    of_layers = read(tmp_path / "layers.csv")
+    of_layers = read(tmp_path / "survivors-layers.csv")
     assert sum(int(row["filters"]) for row in of_layers if row["run"] == survivors.WITHOUT) == 240
     assert (tmp_path / "digits-heat-with.png").exists()

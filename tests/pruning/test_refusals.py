@@ -175,6 +175,10 @@ NOT_DENSE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.LazyLinear(4)),
         r"0\.weight is not initialised yet: run the model once",
     ),
+    "meta": (
+        lambda: nn.Sequential(nn.Linear(4, 4)).to("meta"),
+        r"0\.weight is on the device meta and has no values: load",
+    ),
     "quantised": (dynamically_quantised, rf"0 is quantised \(\S*quantized\S*Linear\): {FIRST}"),
 }
 

@@ -347,5 +347,8 @@ def test_beta_grows_and_is_resumed() -> None:
     assert (other.beta, other.scale) == (lasso.beta, 0.5)
     with pytest.raises(ValueError, match="'scale' and 'beta'"):
         other.load_state_dict({"scale": 1.0})
+    with pytest.raises(ValueError, match=r"state\['enabled'\]: expected True or False, got None"):
+        other.load_state_dict({**lasso.state_dict(), "scale": 0.25, "enabled": None})
+    assert (other.scale, other.enabled) == (0.5, True), "nothing half-done"
     with pytest.raises(ValueError, match="factor: expected a number above 0"):
         other.grow(0.0)

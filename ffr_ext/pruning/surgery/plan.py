@@ -74,7 +74,7 @@ class CompactionPlan:
                 FSDP, ``torch.compile``), or the optimizer keeps a state that cannot be cut. Nothing is
                 changed then.
         """
-        check_plain_module(model, "CompactionPlan.apply")
+        check_plain_module(model, "CompactionPlan.apply", values=False)
         check_optimizer(optimizer)
         self._check_model(model)
         try:
@@ -187,7 +187,7 @@ _REMEDIES = {
 }
 
 
-def check_plain_module(model: nn.Module, caller: str) -> None:
+def check_plain_module(model: nn.Module, caller: str, *, values: bool = True) -> None:
     """ValueError for a wrapper whose inside must not change its shapes, with what to do instead."""
     wrapper = find_wrapper(model, caller)
     if wrapper is not None:
@@ -196,5 +196,5 @@ def check_plain_module(model: nn.Module, caller: str) -> None:
             f"{caller}: the model is wrapped in {name}{at}, which keeps references to tensors of the old shapes; "
             f"{_REMEDIES[name]}"
         )
-    check_dense_weights(model, caller)
+    check_dense_weights(model, caller, values=values)
     check_no_fake_quantisation(model, caller)
