@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constan
   while (blockIdx.x >= args.pieces[index].positions.blocks_end) ++index;
   const BackwardPiece& piece = args.pieces[index];
   const Positions& positions = piece.positions;
-  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].positions.blocks_end : 0);
+  const uint32_t block = blockIdx.x - positions.blocks_begin;
   const Share share = share_of_warp<T>(positions, block);
   if (share.group >= positions.groups) return;
 
@@ -195,6 +195,7 @@ class BackwardLaunch {
     for (int i = 0; i < piece.features; ++i) args_.pointers[pointers_++] = const_cast<void*>(features[i]);
     piece.first_grad = static_cast<uint16_t>(pointers_);
     for (int i = 0; i < piece.length; ++i) args_.pointers[pointers_++] = grads[i];
+    piece.positions.blocks_begin = static_cast<uint32_t>(blocks_);
     blocks_ += blocks;
     piece.positions.blocks_end = static_cast<uint32_t>(blocks_);
     args_.pieces[pieces_++] = piece;

@@ -88,9 +88,11 @@ constexpr int resident_blocks() {
   return sizeof(T) == 4 ? 4 : sizeof(T) == 8 ? 2 : 3;
 }
 
+// Room for the sums of all steps but the first, kAhead of which are written at once.
+FFR_HD constexpr int sums_stride(int length) { return (length - 1 + kAhead - 1) / kAhead * kAhead; }
+
 // Walks along the depth at positions element .. element + count. `sums`: the warp's [2][stride] of |d| and
-// |c|; d_l lies at step l + 1 and c_l at l + 2, the steps that complete them. Other places hold nothing of
-// meaning.
+// |c|; d_l lies at l and c_l at l + 1. Other places hold nothing of meaning.
 template <typename T, Mode mode, bool kVector>
 __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece& piece, int64_t element,
                                      int count, double* sums, int stride) {
@@ -99,13 +101,13 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
   constexpr bool kSigns = mode == Mode::kAbsSigns;
   const void* const* features = args.features + piece.first_pointer;
   const int length = piece.length;
-  // Step m reads feature m and completes plane m - 2; one more step completes the plane that has no c.
-  const int steps = length + (kSigns && piece.last ? 1 : 0);
-  uint8_t* plane = kSigns ? piece.signs + element / 2 - 2 * piece.plane_bytes : nullptr;
+  // Step m reads feature m, makes d_{m-1} and c_{m-2}, and so completes plane m - 2.
+  uint8_t* plane = kSigns ? piece.signs + element / 2 - piece.plane_bytes : nullptr;
   auto put = [&](uint32_t word) {
     if (kVector || count > 0) *reinterpret_cast<SignWord<T>*>(plane) = static_cast<SignWord<T>>(word);
   };
 
+  uint4 raw = load<T, kVector>(features[0], element, count);
   uint4 ahead[kAhead];
   auto fetch = [&](int j, int step) {
     if (step < length) ahead[j] = load<T, kVector>(features[step], element, count);
@@ -113,40 +115,39 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) {
     ahead[j] = make_uint4(0, 0, 0, 0);
-    fetch(j, j);
+    fetch(j, 1 + j);
   }
   C x[V], d[V];
-  uint4 raw = ahead[0];
   unpack<T>(raw, x);
   uint32_t d_codes = 0;
 #pragma unroll
   for (int j = 0; j < V; ++j) d[j] = 0;
 
-  for (int base = 0; base < length; base += kAhead) {
-    C values[2 * kAhead];
+  // Steps base .. base + kAhead; in the last round only those that there are, and nothing is left to load.
+  auto round = [&](int base, auto is_last) {
+    constexpr bool kLast = decltype(is_last)::value;
+    C values[2 * kAhead] = {};
     uint4 now[kAhead];
-    // No load is moved across the stores of signs, so that those of the next steps go before all of them.
-    if constexpr (kSigns) {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        now[j] = ahead[j];
-        fetch(j, base + j + kAhead);
-      }
-    }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      const int step =
-          base + j;  // may be behind the last one: then nothing is stored and nobody reads the sums
+      now[j] = ahead[j];
+      // No load is moved across the stores of signs, so that those of the next steps go before all of them.
+      if constexpr (kSigns && !kLast) fetch(j, base + j + kAhead);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead - kLast; ++j) {
+      const int step = base + j;
+      if (kLast && j > 0 && step >= length) break;
       C x_before[V], d_before[V], c[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         x_before[k] = x[k];
         d_before[k] = d[k];
       }
-      const uint4 raw_before = raw;
-      raw = kSigns ? now[j] : ahead[j];
+      [[maybe_unused]] const uint4 raw_before = raw;
+      raw = now[j];
       unpack<T>(raw, x);
-      if constexpr (!kSigns) fetch(j, step + kAhead);
+      if constexpr (!kSigns && !kLast) fetch(j, step + kAhead);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         d[k] = first_difference(x[k], x_before[k]);
@@ -156,19 +157,22 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
       values[kAhead + j] = magnitude<T, mode>(c);
       if constexpr (kSigns) {
         // Made in any case, so that only the store is conditional.
-        uint32_t word = SignPacker<T>::word(d_codes, SignPacker<T>::second(c));
-        word &= step == length ? 0x33333333u : 0xffffffffu;
+        const uint32_t word = SignPacker<T>::word(d_codes, SignPacker<T>::second(c));
         d_codes = SignPacker<T>::first(raw, raw_before, d);
-        if (step >= 2 && step < steps) put(word);
+        if (j > 0 || step > 1) put(word);  // the first step completes none
         plane += piece.plane_bytes;
       }
     }
     const double sum = reduce_to_quads(values);
     const int lane = threadIdx.x % 32;
-    if (lane % 4 == 0) sums[(lane / 16) * stride + base + lane / 4 % kAhead] += sum;
-  }
-  // The one more step, where no round of the loop had a place for it.
-  if (kSigns && steps > length && length % kAhead == 0) put(SignPacker<T>::word(d_codes, 0));
+    if (lane % 4 == 0) sums[(lane / 16) * stride + base - 1 + lane / 4 % kAhead] += sum;
+  };
+  int base = 1;
+#pragma unroll 1
+  for (; base + kAhead <= length; base += kAhead) round(base, std::false_type{});
+  if (base < length) round(base, std::true_type{});
+  // The stage's last plane has no c.
+  if (kSigns && piece.last) put(SignPacker<T>::word(d_codes, 0));
 }
 
 template <typename T, Mode mode>
@@ -179,22 +183,22 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
   while (blockIdx.x >= args.pieces[index].positions.blocks_end) ++index;
   const ForwardPiece& piece = args.pieces[index];
   const Positions& positions = piece.positions;
-  const uint32_t block = blockIdx.x - (index ? args.pieces[index - 1].positions.blocks_end : 0);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int stride = (piece.length + kAhead - 1) / kAhead * kAhead;
+  const int stride = sums_stride(piece.length);
   double* sums = shared_sums + warp * 2 * stride;
 #pragma unroll 1
   for (int i = lane; i < 2 * stride; i += 32) sums[i] = 0;
   __syncwarp();
 
-  const Share share = share_of_warp<T>(positions, block);
+  const Share share = share_of_warp<T>(positions, blockIdx.x - positions.blocks_begin);
   visit_tiles<T>(positions, share, [&](auto vector, int64_t element, int count) {
     walk<T, mode, decltype(vector)::value>(args, piece, element, count, sums, stride);
   });
   __syncthreads();
 
   // A thread takes a term of a team's group: the sums of the team's warps.
+  const uint32_t block = static_cast<uint32_t>(computed_here(blockIdx.x)) - positions.blocks_begin;
   const int teams_shift = kWarpsShift - positions.team_shift;
 #pragma unroll 1
   for (int i = threadIdx.x; i < (piece.firsts + piece.seconds) << teams_shift; i += kThreads) {
@@ -204,12 +208,12 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T, mode>())
     const bool second = entry >= piece.firsts;
     const int term = second ? entry - piece.firsts : entry;
     const double* from = shared_sums + (team << positions.team_shift) * 2 * stride;
-    from += second ? stride + term + 2 : term + 1;
+    from += second ? stride + term + 1 : term;
     double total = 0;
 #pragma unroll 1
     for (int w = 0; w < 1 << positions.team_shift; ++w) total += from[w * 2 * stride];
     const int64_t row = (second ? piece.second_row : piece.first_row) + term * positions.groups + group;
-    piece.slots[row * positions.chunks + share.chunk] = total;
+    piece.slots[row * positions.chunks + block % positions.chunks] = total;
   }
 }
 
@@ -245,6 +249,7 @@ class ForwardLaunch {
     std::copy(features, features + piece.length, args_.features + pointers_);
     piece.first_pointer = static_cast<uint16_t>(pointers_);
     pointers_ += piece.length;
+    piece.positions.blocks_begin = static_cast<uint32_t>(blocks_);
     blocks_ += blocks;
     piece.positions.blocks_end = static_cast<uint32_t>(blocks_);
     args_.pieces[pieces_++] = piece;
@@ -254,7 +259,7 @@ class ForwardLaunch {
 
   cudaError_t run() {
     if (pieces_ == 0) return cudaSuccess;
-    const size_t shared = sizeof(double) * kWarps * 2 * ceil_div(longest_, kAhead) * kAhead;
+    const size_t shared = sizeof(double) * kWarps * 2 * sums_stride(longest_);
     const uint32_t blocks = static_cast<uint32_t>(blocks_);
     pieces_ = pointers_ = longest_ = 0;
     blocks_ = 0;

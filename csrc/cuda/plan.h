@@ -105,9 +105,10 @@ inline bool groups_aligned(const StageView& stage) {
 struct Positions {
   int64_t group_numel;
   int64_t groups;
-  int64_t tiles;        // of a chunk
-  uint32_t chunks;      // of a group
-  uint32_t blocks_end;  // blocks of this and all earlier pieces of the launch
+  int64_t tiles;          // of a chunk
+  uint32_t chunks;        // of a group
+  uint32_t blocks_begin;  // blocks of all earlier pieces of the launch,
+  uint32_t blocks_end;    // and of this one too
   uint8_t team_shift;
   bool vector;  // groups begin at whole accesses
 };
@@ -117,6 +118,7 @@ inline Positions positions_of(const StageView& stage, const Chunks& chunks, bool
           stage.shape.groups,
           chunks.tiles,
           static_cast<uint32_t>(chunks.count),
+          0,
           0,
           static_cast<uint8_t>(chunks.team_shift),
           vector};

@@ -247,15 +247,16 @@ def test_more_weights_than_one_launch_holds(kernels: EmulatedKernels) -> None:
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 7, 8, 9, 12, 124, 126])
 @pytest.mark.parametrize("signs", [False, True], ids=["sums", "signs"])
-def test_the_forward_pass_takes_a_round_for_every_four_features(
+def test_the_forward_pass_takes_a_round_for_every_four_differences(
     signs: bool, length: int, kernels: EmulatedKernels
 ) -> None:
-    """The plane that has no c took a round of its own behind a multiple of four features, half of the work of 4."""
+    """A round for every four features began with one that has no difference, and the plane without c took one of its
+    own behind a multiple of four."""
     features = [torch.randn(1024) for _ in range(length)]  # a tile: an access of each thread of a block
     planes = torch.empty((length - 1) * 512 if signs else 0, dtype=torch.uint8)
     kernels.shuffles()
     kernels.flow_forward(features, [length], [1], False, torch.empty(2 * length - 3, dtype=F64), planes)
-    assert kernels.shuffles() == 256 * 9 * -(-length // 4)
+    assert kernels.shuffles() == 256 * 9 * -(-(length - 1) // 4)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,14 @@ def loop_with(kernel: Kernel, kind: str, accesses: int) -> Code:
 def test_kernels_use_no_local_memory(arch: int, source: str, kernels: Any) -> None:
     assert kernels[arch, source]
     for kernel in kernels[arch, source]:
-        kernel.assert_no_slow_memory()
+        which = FlowKernel.of(kernel.name)
+        if which == ("forward", "bf16", "signs") and arch == 90:
+            # One number of a tile's address, for want of a 129th register; not in the loop over features.
+            kept = [i for i in kernel.code if i.kind in ("LDL", "STL")]
+            assert (kernel.stack, len(kept)) == (8, 2)
+            assert not set(kept) & set(loop_with(kernel, "LDG", 4))
+        else:
+            kernel.assert_no_slow_memory()
 
 
 def test_flow_kernels_access_16_bytes(arch: int, kernels: Any) -> None:
@@ -78,8 +85,8 @@ def test_flow_kernels_access_16_bytes(arch: int, kernels: Any) -> None:
     assert len(forward) == 12  # 4 dtypes, and 3 of: sums, sums and signs, squares
     assert len(backward) == len(gradient) == 8
     for which, kernel in forward.items():
-        # Four features in flight at the start, and four more in the loop.
-        assert kernel.widths("LDG").count(128) == 8, which
+        # The first feature and four more at the start, and four more in the loop.
+        assert kernel.widths("LDG").count(128) == 9, which
     for which, kernel in backward.items():
         assert kernel.widths("STG").count(128) >= 4, which
     for which, kernel in gradient.items():
@@ -101,7 +108,7 @@ def test_the_forward_kernel_with_signs_loads_long_before_it_waits(arch: int, ker
     ("template", "kind", "most"),
     [
         # Addresses that were made anew at each load took 15 instructions of each access.
-        ("forward", "LDG", {"fp32 sums": 46, "fp32 squares": 46, "fp32 signs": 93, "bf16 squares": 74}),
+        ("forward", "LDG", {"fp32 sums": 47, "fp32 squares": 47, "fp32 signs": 88, "bf16 squares": 74}),
         # The code for `accumulate` was in the loop: 83 and 133 from signs, 80 and 149 from features.
         ("backward", "STG", {"fp32 signs": 75, "bf16 signs": 112, "fp32 squares": 73, "bf16 squares": 128}),
     ],
