@@ -121,10 +121,10 @@ def weighted_sum(
         for index in range(1, stage.length):
             difference, *bends = parts[first + index]
             if index > stage.counted_by_earlier:
-                terms.append(difference.reshape(()) * on_difference)
-            terms += [bend.reshape(()) * on_bend for bend in bends]
+                terms.append(difference * on_difference)
+            terms += [bend * on_bend for bend in bends]
         first += stage.length
-    return torch.stack(terms).sum()
+    return torch.cat(terms).sum()
 
 
 def newest_sums(
