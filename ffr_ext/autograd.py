@@ -1,7 +1,9 @@
-"""The autograd node of the loss: what is saved, what is refused.
+"""The autograd nodes of the loss: what is saved, what is refused.
 
-`FlowStats` maps the features of a network to the sums of its difference norms (`stats`, design.md section 5). What the
-loss makes of them (roots, angles, weights, means) is ordinary differentiable arithmetic on that tiny tensor.
+A `FlowCall` asks for the loss, or for the sums of the features' difference norms (`stats`, design.md section 5). The
+node that gives it is `FlowProduct` in eager mode and `flow.taps.Collect` for `FeatureFlow`; `FlowStats` gives the sums
+alone where something traces or transforms. What is made of sums (roots, angles, weights, means) is ordinary
+differentiable arithmetic on that tiny tensor.
 
 Saved for backward: for l1 the packed signs only (0.5 byte an element), for the other norms the features
 themselves, which autograd keeps without a copy.

@@ -1,7 +1,7 @@
 """START HERE: `ffr_loss` and `flow_terms`, the feature-flow penalty of a list of features.
 
 From a call to a kernel: the features are checked (`checks`), split into stages (`stages`), summed by one fused call
-(`autograd.FlowStats` -> `ops` -> a kernel), and the few numbers that come back are weighted here.
+(`autograd.FlowProduct` -> `ops` -> a kernel), which also weights the sums, or they are weighted here (`terms`).
 """
 
 from __future__ import annotations
