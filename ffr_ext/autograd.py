@@ -106,7 +106,8 @@ class FlowStats(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[3:]
         coef = grad_stats.contiguous()  # .sum() and .mean() send stride 0
-        arguments = ctx.spec, ctx.layouts, wanted, coef, None, *ctx.saved_tensors
+        tracing = torch.compiler.is_compiling()
+        arguments = tracing, ctx.spec, ctx.layouts, wanted, coef, None, *ctx.saved_tensors
         if not torch.is_grad_enabled():
             grads = _flow_gradients(*arguments)
         elif transforms_active():
@@ -177,6 +178,7 @@ class FlowProduct(torch.autograd.Function):
         result, signs = call.forward(features, layouts)
         ctx.call = call
         _save(ctx, call.spec, layouts, features, signs, call.padding)
+        call.padding = None  # saved, and let go after the backward pass
         return result
 
     @staticmethod
@@ -190,7 +192,8 @@ class FlowProduct(torch.autograd.Function):
             coef, factor = call.coefficients(upstream), None
         else:  # the kernel multiplies
             coef, factor = call.weights, upstream
-        grads = _flow_gradients(call.spec, ctx.layouts, wanted, coef, factor, *ctx.saved_tensors)
+        tracing = torch.compiler.is_dynamo_compiling()  # compiled autograd, the only tracer that gets here
+        grads = _flow_gradients(tracing, call.spec, ctx.layouts, wanted, coef, factor, *ctx.saved_tensors)
         return (None, *(grads if False not in wanted else compiled.by_feature(grads, wanted, None)))
 
 
@@ -199,6 +202,7 @@ class _RefusedTwice(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        tracing: bool,
         spec: FlowSpec,
         layouts: Any,
         wanted: Any,
@@ -207,7 +211,7 @@ class _RefusedTwice(torch.autograd.Function):
         padding: Tensor | None,
         *saved: Tensor,
     ) -> tuple[Tensor, ...]:
-        return _flow_gradients(spec, layouts, wanted, coef, upstream, padding, *saved)
+        return _flow_gradients(tracing, spec, layouts, wanted, coef, upstream, padding, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,6 +227,7 @@ class _RefusedTwice(torch.autograd.Function):
 
 
 def _flow_gradients(
+    tracing: bool,
     spec: FlowSpec,
     layouts: Layouts,
     wanted: tuple[bool, ...],
@@ -248,7 +253,7 @@ def _flow_gradients(
     whole = False not in wanted
     if not whole:
         given = [layout for layout, want in zip(given, wanted, strict=True) if want]
-    if torch.compiler.is_dynamo_compiling():
+    if tracing:
         if upstream is not None:
             arguments = (*arguments[:2], coef * upstream, *arguments[3:])
         grads = compiled.flow_gradients(

@@ -24,7 +24,7 @@ from .terms import FlowTerms, Rows, assemble, counted, entry_weights, split, wei
 Weight = float | Sequence[float] | Tensor
 
 # (features, stages, call) -> what `call` asks of `stages`, which share a device: their sums (float64, laid out as in
-# design.md section 5), or the loss. `FeatureFlow` has its own.
+# design.md section 5), or the loss, and then the sums in `call.stats`. `FeatureFlow` has its own.
 Maker = Callable[[list[Tensor], Sequence[Stage], FlowCall], Tensor]
 
 

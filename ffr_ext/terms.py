@@ -93,7 +93,7 @@ def _make_units(plan: Plan, options: FlowOptions, device: torch.device) -> _Unit
 
 def weigh(name: str, weight: float | list[float] | Tensor, terms: Tensor) -> Tensor:
     """`(weight * terms).sum()`. ValueError for a tensor without values, where the terms have some."""
-    if isinstance(weight, float):
+    if not isinstance(weight, (list, Tensor)):  # an int or a symbol too, where something traces
         return weight * terms.sum()
     if isinstance(weight, list):
         weight = _on_device(weight, terms.dtype, terms.device)

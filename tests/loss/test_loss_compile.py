@@ -94,6 +94,37 @@ def test_an_argument_of_a_compiled_torch_func_grad_can_be_a_feature_itself(norm:
     torch.testing.assert_close(compiled(x), torch.func.grad(loss)(x))
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_weights_may_be_integers_in_a_graph(norm: str) -> None:
+    """While something traces, a weight is what the caller gave: no float has been made of it."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return ffr_loss([a, b, c], gradient=1, curvature=2, norm=norm)
+
+    x = [torch.randn(2, 3, 4) for _ in range(3)]
+    expected = ffr_loss(x, gradient=1.0, curvature=2.0, norm=norm)
+    step = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(*x), expected)
+    exported = torch.export.export(Loss(), tuple(x), strict=False).module()
+    torch.testing.assert_close(exported(*x), expected)
+
+
+def test_an_exported_backward_pass_gets_the_functional_ops() -> None:
+    """What fills its outputs would be wrapped in functions that clone every gradient."""
+
+    class Gradients(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            a = a.requires_grad_()
+            (grad,) = torch.autograd.grad(ffr_loss([a, b], backend="cpu"), a)
+            return grad
+
+    program = torch.export.export(Gradients(), (torch.randn(2, 3), torch.randn(2, 3)), strict=False)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert not any("flow_backward" in name for name in called), called
+    assert any("flow_gradients" in name for name in called), called
+
+
 def test_compiled_terms(backend: str) -> None:
     features = random_features(*[(3, 4)] * 4)
     compiled = torch.compile(flow_terms, fullgraph=True, backend="aot_eager")
