@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffr_ext import FeatureFlow, FFRLoss, ffr_loss, flow_terms, reference
+from ffr_ext.autograd import FlowCall
 from ffr_ext.flow.penalties import _just_in_time
 from ffr_ext.functional import penalty
 
@@ -231,3 +233,17 @@ def test_messages(mask: Any, error: type[Exception], match: str) -> None:
     short = [torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, 4), torch.zeros(2, 4)]
     with pytest.raises(ValueError, match=r"features\[2\] of shape \(2, 4\)"):
         ffr_loss(short, mask=torch.ones(2, 5).bool())
+
+
+def calls() -> list[FlowCall]:
+    return [item for item in gc.get_objects() if type(item) is FlowCall]
+
+
+def test_a_loss_that_is_kept_keeps_no_mask_after_its_backward_pass(fused: str) -> None:
+    x = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([[True, True, False]] * 2)
+    before = calls()
+    loss = ffr_loss(x, norm="l2_squared", mask=mask, backend=fused)
+    loss.backward()
+    (call,) = [call for call in calls() if not any(call is other for other in before)]
+    assert call.padding is None
