@@ -130,7 +130,7 @@ __device__ __forceinline__ void walk(const BackwardArgs& args, const BackwardPie
 }
 
 template <typename T, bool kSquared>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
   using C = Compute<T>;
   __shared__ C coefs[kWarps][2][kMaxLength + 4];
   int index = 0;

@@ -88,7 +88,7 @@ constexpr int resident_blocks() {
   return sizeof(T) == 4 ? 4 : sizeof(T) == 8 ? 2 : 3;
 }
 
-// Room for the sums of all steps but the first, kAhead of which are written at once.
+// Room for the sums of all steps, kAhead of which are written at once.
 FFR_HD constexpr int sums_stride(int length) { return (length - 1 + kAhead - 1) / kAhead * kAhead; }
 
 // Walks along the depth at positions element .. element + count. `sums`: the warp's [2][stride] of |d| and
@@ -99,23 +99,25 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
   using C = Compute<T>;
   constexpr int V = kVec<T>;
   constexpr bool kSigns = mode == Mode::kAbsSigns;
-  const void* const* features = args.features + piece.first_pointer;
-  const int length = piece.length;
-  // Step m reads feature m, makes d_{m-1} and c_{m-2}, and so completes plane m - 2.
-  uint8_t* plane = kSigns ? piece.signs + element / 2 - piece.plane_bytes : nullptr;
+  // Behind the first feature, step l reads one, makes d_l and c_{l-1}, and so completes plane l - 1.
+  const void* const* features = args.features + piece.first_pointer + 1;
+  const int steps = static_cast<int>(computed_here(piece.length - 1));  // not anew in every round
+  uint8_t* plane = kSigns ? piece.signs + element / 2 : nullptr;
   auto put = [&](uint32_t word) {
     if (kVector || count > 0) *reinterpret_cast<SignWord<T>*>(plane) = static_cast<SignWord<T>>(word);
   };
 
-  uint4 raw = load<T, kVector>(features[0], element, count);
+  const int lane = threadIdx.x % 32;
+  double* mine = sums + lane / 16 * stride + lane / 4 % kAhead;  // of this lane's quad
+  uint4 raw = load<T, kVector>(features[-1], element, count);
   uint4 ahead[kAhead];
   auto fetch = [&](int j, int step) {
-    if (step < length) ahead[j] = load<T, kVector>(features[step], element, count);
+    if (step < steps) ahead[j] = load<T, kVector>(features[step], element, count);
   };
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) {
     ahead[j] = make_uint4(0, 0, 0, 0);
-    fetch(j, 1 + j);
+    fetch(j, j);
   }
   C x[V], d[V];
   unpack<T>(raw, x);
@@ -123,21 +125,21 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
 #pragma unroll
   for (int j = 0; j < V; ++j) d[j] = 0;
 
-  // Steps base .. base + kAhead; in the last round only those that there are, and nothing is left to load.
-  auto round = [&](int base, auto is_last) {
+  // The kAhead steps up to `end`; in the last round only those that there are, and nothing is left to load.
+  auto round = [&](int end, auto is_last) {
     constexpr bool kLast = decltype(is_last)::value;
     C values[2 * kAhead] = {};
     uint4 now[kAhead];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
+    for (int j = 0; kSigns && j < kAhead; ++j) {
       now[j] = ahead[j];
       // No load is moved across the stores of signs, so that those of the next steps go before all of them.
-      if constexpr (kSigns && !kLast) fetch(j, base + j + kAhead);
+      if constexpr (!kLast) fetch(j, end + j);
     }
 #pragma unroll
     for (int j = 0; j < kAhead - kLast; ++j) {
-      const int step = base + j;
-      if (kLast && j > 0 && step >= length) break;
+      const int step = end - kAhead + j;
+      if (kLast && j > 0 && step >= steps) break;
       C x_before[V], d_before[V], c[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) {
@@ -145,9 +147,9 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
         d_before[k] = d[k];
       }
       [[maybe_unused]] const uint4 raw_before = raw;
-      raw = now[j];
+      raw = kSigns ? now[j] : ahead[j];
       unpack<T>(raw, x);
-      if constexpr (!kSigns && !kLast) fetch(j, step + kAhead);
+      if constexpr (!kSigns && !kLast) fetch(j, end + j);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         d[k] = first_difference(x[k], x_before[k]);
@@ -159,18 +161,20 @@ __device__ __forceinline__ void walk(const ForwardArgs& args, const ForwardPiece
         // Made in any case, so that only the store is conditional.
         const uint32_t word = SignPacker<T>::word(d_codes, SignPacker<T>::second(c));
         d_codes = SignPacker<T>::first(raw, raw_before, d);
-        if (j > 0 || step > 1) put(word);  // the first step completes none
-        plane += piece.plane_bytes;
+        if (j > 0 || step > 0) {  // the first step completes none
+          put(word);
+          plane += piece.plane_bytes;
+        }
       }
     }
     const double sum = reduce_to_quads(values);
-    const int lane = threadIdx.x % 32;
-    if (lane % 4 == 0) sums[(lane / 16) * stride + base - 1 + lane / 4 % kAhead] += sum;
+    if (lane % 4 == 0) *mine += sum;
+    mine += kAhead;
   };
-  int base = 1;
+  int end = kAhead;
 #pragma unroll 1
-  for (; base + kAhead <= length; base += kAhead) round(base, std::false_type{});
-  if (base < length) round(base, std::true_type{});
+  for (; end <= steps; end += kAhead) round(end, std::false_type{});
+  if (end - kAhead < steps) round(end, std::true_type{});
   // The stage's last plane has no c.
   if (kSigns && piece.last) put(SignPacker<T>::word(d_codes, 0));
 }

@@ -68,14 +68,7 @@ def loop_with(kernel: Kernel, kind: str, accesses: int) -> Code:
 def test_kernels_use_no_local_memory(arch: int, source: str, kernels: Any) -> None:
     assert kernels[arch, source]
     for kernel in kernels[arch, source]:
-        which = FlowKernel.of(kernel.name)
-        if which == ("forward", "bf16", "signs") and arch == 90:
-            # One number of a tile's address, for want of a 129th register; not in the loop over features.
-            kept = [i for i in kernel.code if i.kind in ("LDL", "STL")]
-            assert (kernel.stack, len(kept)) == (8, 2)
-            assert not set(kept) & set(loop_with(kernel, "LDG", 4))
-        else:
-            kernel.assert_no_slow_memory()
+        kernel.assert_no_slow_memory()
 
 
 def test_flow_kernels_access_16_bytes(arch: int, kernels: Any) -> None:
@@ -108,7 +101,7 @@ def test_the_forward_kernel_with_signs_loads_long_before_it_waits(arch: int, ker
     ("template", "kind", "most"),
     [
         # Addresses that were made anew at each load took 15 instructions of each access.
-        ("forward", "LDG", {"fp32 sums": 47, "fp32 squares": 47, "fp32 signs": 88, "bf16 squares": 74}),
+        ("forward", "LDG", {"fp32 sums": 44, "fp32 squares": 44, "fp32 signs": 85, "bf16 squares": 71}),
         # The code for `accumulate` was in the loop: 83 and 133 from signs, 80 and 149 from features.
         ("backward", "STG", {"fp32 signs": 75, "bf16 signs": 112, "fp32 squares": 73, "bf16 squares": 128}),
     ],
@@ -118,7 +111,7 @@ def test_instructions_of_an_access(
 ) -> None:
     """Of a warp's 16-byte access of one feature, in the loop over features."""
     if template == "forward":  # bf16 is compared in pairs from sm_90 on
-        most = {**most, "bf16 signs": 147 if arch == 80 else 122}
+        most = {**most, "bf16 signs": 147 if arch == 80 else 117}
     for which, kernel in flow_kernels(kernels, arch, template).items():
         if which in most:
             assert len(loop_with(kernel, kind, 4)) <= 4 * most[which], which
