@@ -80,6 +80,14 @@ def traced_version(tensor: Tensor) -> int | None:
     return getattr(tensor, "_version", None)
 
 
+@constant_when_compiled
+def graph_in_work() -> str:
+    """Which graph torch.compile is tracing: of a frame, of what follows a graph break in it, or of a layer that is
+    compiled by itself."""
+    context = getattr(torch._guards, "CompileContext", None)
+    return "" if context is None else str(context.current_compile_id())
+
+
 def unscales_by_itself(optimizer: Any) -> bool:
     """Whether a GradScaler leaves unscaling to the optimizer's step (fused ones). Without the attribute it does not."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -322,6 +322,9 @@ def _terms(
 ) -> FlowTerms:
     """Every term by itself, for every setting."""
     if backend == "reference":
+        for stage in plan.stages:
+            begin = stage.first - stage.tail
+            checks.check_one_device(begin, features[begin : stage.first + stage.own])
         return FlowTerms(
             *reference.flow_terms(
                 features,

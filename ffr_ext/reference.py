@@ -138,7 +138,7 @@ def flow_terms(
         tail = previous[-2:] if transition == "pool" else []
         x = [pool_to(f, stage[0].shape) for f in tail] + stage
         x = [f.to(accumulate) for f in x]
-        if mask is not None:
+        if mask is not None and len(x) > 1:  # a feature without a term may have any shape
             mask = mask.to(x[0].device)
             x = [torch.where(at_positions(mask, f.dim()), f, 0) for f in x]
         d = [after - before for before, after in pairwise(x)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import _torch, checks
@@ -51,9 +52,8 @@ class Path:
         self.features: list[Tensor] = []
         self.taps: list[tuple[Slot, Tensor] | None] = []
         self.versions: list[int | None] = []  # None: nobody counts, or a traced counter tells
-        self.traced: list[
-            tuple[int, Any]
-        ] = []  # features captured while torch.compile traced, and their versions
+        # For each feature that torch.compile traced the graph it was captured in, and its version there.
+        self.traced: list[tuple[str, Any] | None] = []
         self.overwritten: list[tuple[str, Any]] = []
         self.without_autograd: list[str] = []
         self.points: set[Any] = set()
@@ -76,14 +76,21 @@ class Path:
         It means nothing outside its graph (the graph's outputs start from version 0 again), so this is the
         place to look: at the two features before this one, at the last layer at all. Nobody looks after
         the last, so that is copied; and what is copied anyway, to leave the graph as it lies there, keeps the
-        value that it had here.
+        value that it had here. Where processes train together all are copied: under DistributedDataParallel
+        Dynamo cuts the graph at its buckets, and no counter crosses a cut.
         """
-        for index, version in self.traced if last else self.traced[-2:]:
-            if version is not None:
+        if dist.is_available() and dist.is_initialized():
+            self.traced.append(None)
+            return to_leave_graph(feature, copied=True)
+        graph = _torch.graph_in_work()
+        first = 0 if last else max(len(self.traced) - 2, 0)
+        for index in range(first, len(self.traced)):
+            traced = self.traced[index]
+            if traced is not None and traced[0] == graph:
                 now = _torch.traced_version(self.features[index])
-                self.overwritten.append((self.names[index], now != version))
+                self.overwritten.append((self.names[index], now != traced[1]))
         feature = to_leave_graph(feature, copied=last)
-        self.traced.append((len(self.names), _torch.traced_version(feature)))
+        self.traced.append((graph, _torch.traced_version(feature)))
         return feature
 
     def sum_while_traced(self, sums: Sums) -> None:
@@ -103,7 +110,7 @@ class Path:
         if len(before) == 2:
             shape, dtype, device = before[0].shape, before[0].dtype, before[0].device
             self.features[-3] = torch.empty((), dtype=dtype, device=device).expand(shape)
-            self.traced[-3] = (self.traced[-3][0], None)
+            self.traced[-3] = self.versions[-3] = None
 
     def stats(self, stages: Sequence[Stage]) -> Tensor:
         """The sums of these stages, as the kernels give them."""

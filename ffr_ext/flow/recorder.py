@@ -225,6 +225,8 @@ class Recorder:
             feature.grad_fn.register_prehook(path.passed)
         if compiling:
             feature = path.check_while_traced(feature, last)
+        else:
+            path.traced.append(None)
         path.versions.append(None if compiling else version(feature))
         path.names.append(name)
         path.features.append(feature)

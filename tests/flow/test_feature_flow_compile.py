@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from flow_models import (
     Calls,
     ResidualNet,
@@ -20,6 +21,7 @@ from flow_models import (
 )
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch.nn.parallel import DistributedDataParallel
 
 from ffr_ext import FeatureFlow, ffr_loss
 
@@ -145,6 +147,80 @@ def test_a_feature_overwritten_inside_the_compiled_graph_is_an_error(compiler: s
         torch.compile(model, backend=compiler)(torch.randn(3, 4))
         with pytest.raises(RuntimeError, match="'a' was overwritten"):
             flow.loss()
+
+
+def _eager(model: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    with FeatureFlow(model, list(model)) as flow:
+        task, penalty = task_loss(model(x)), flow.loss()
+        return penalty.detach(), gradients(model, task + penalty)
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("inside", [False, True], ids=["compile(DDP)", "DDP(compile)"])
+def test_distributed_data_parallel_may_cut_the_graph_at_its_buckets(
+    inside: bool, inplace: bool, one_process_group: None
+) -> None:
+    blocks = [nn.Sequential(nn.Linear(512, 512), nn.ReLU(inplace)) for _ in range(5)]
+    model, x = nn.Sequential(*blocks), torch.randn(2, 512)  # 1 MB a layer, as much as a first bucket takes
+    truth, truth_gradients = _eager(model, x)
+    with FeatureFlow(model, blocks) as flow:
+        if inside:
+            wrapped = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+        else:
+            wrapped = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+        output = wrapped(x)
+        penalty = flow.loss()
+        torch.testing.assert_close(penalty.detach(), truth)
+        assert_gradients_close(gradients(model, task_loss(output) + penalty), truth_gradients, 1e-5)
+
+
+def test_where_processes_train_together_a_feature_keeps_the_value_it_had(one_process_group: None) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(True), nn.Linear(4, 4), nn.ReLU(True), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    first = model[0](x)
+    second = model[2](first.relu())
+    with FeatureFlow(model, ["0", "2"]) as flow:
+        torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(flow.loss(), ffr_loss([first, second]))
+
+
+def test_a_graph_break_may_lie_between_features_made_in_place() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.a(x)
+        torch._dynamo.graph_break()
+        return self.c(self.b(x))
+
+    layers = {name: nn.Sequential(nn.Linear(4, 4), nn.ReLU(True)) for name in "abc"}
+    model, x = Calls(forward, **layers), torch.randn(3, 4)
+    with FeatureFlow(model, list(layers)) as flow:
+        model(x)
+        truth = flow.loss()
+        torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(flow.loss(), truth)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize(
+    "compiled", [(0,), (0, 1), (0, 2, 4), (0, 1, 2), (3,), (4,), tuple(range(5))], ids=str
+)
+def test_some_layers_may_be_compiled_and_others_not(compiled: tuple[int, ...], inplace: bool) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace)) for _ in range(5)])
+    x = torch.randn(3, 4)
+    truth, truth_gradients = _eager(model, x)
+    with FeatureFlow(model, list(model)) as flow:
+        for index in compiled:
+            model[index].compile(backend="aot_eager")
+        output = model(x)
+        penalty = flow.loss()
+        torch.testing.assert_close(penalty.detach(), truth)
+        assert_gradients_close(gradients(model, task_loss(output) + penalty), truth_gradients, 1e-5)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

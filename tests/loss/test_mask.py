@@ -235,6 +235,14 @@ def test_messages(mask: Any, error: type[Exception], match: str) -> None:
         ffr_loss(short, mask=torch.ones(2, 5).bool())
 
 
+def test_a_feature_without_a_term_may_have_any_shape(fused: str) -> None:
+    mask = torch.ones(2, 3).bool()
+    features = [torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 5)]
+    for backend in (fused, "reference"):
+        loss = ffr_loss(features, mask=mask, backend=backend)
+        torch.testing.assert_close(loss, ffr_loss(features[:2], backend="reference"))
+
+
 def calls() -> list[FlowCall]:
     return [item for item in gc.get_objects() if type(item) is FlowCall]
 

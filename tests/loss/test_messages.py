@@ -38,6 +38,13 @@ CASES: list[Any] = [
         r"features\[0\] is on cpu and features\[1\] on meta",
         id="devices",
     ),
+    pytest.param(
+        ([X.to("meta"), X],),
+        {},
+        ValueError,
+        r"features\[0\] is on meta and features\[1\] on cpu",
+        id="devices, meta first",
+    ),
     pytest.param((PAIR,), {"norm": "L1"}, ValueError, "norm: expected one of 'l1'.*got 'L1'", id="norm"),
     pytest.param((PAIR,), {"curvature_kind": "x"}, ValueError, "curvature_kind.*'angle'.*got 'x'", id="kind"),
     pytest.param((PAIR,), {"reduction": "none"}, ValueError, "reduction.*'mean'.*got 'none'", id="reduction"),
