@@ -84,7 +84,19 @@ class Slot:
         return total
 
 
-class Tap(torch.autograd.Function):
+class _NotTraced(torch.autograd.Function):
+    """A node that Dynamo runs and does not trace, as it does with those that have a `jvp`. After a graph break in a
+    hook it comes by here, and would take the backward pass of a tap for what it is before `collect`: without a gradient.
+    """
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "FeatureFlow: the loss has no forward-mode derivative; backend='reference' has one"
+        )
+
+
+class Tap(_NotTraced):
     """`Tap.apply(slot, feature) -> token`. Saves no tensor, so recomputation (checkpointing) fits."""
 
     @staticmethod
@@ -100,7 +112,7 @@ class Tap(torch.autograd.Function):
         return None, ctx.slot.gradient()
 
 
-class Collect(torch.autograd.Function):
+class Collect(_NotTraced):
     """`Collect.apply(walk, features, slots, *tokens)`: what the walk's call asks for, differentiable through the slots'
     taps.
     """

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.nn.parallel import DistributedDataParallel
 
-from ffr_ext import FeatureFlow, ffr_loss
+from ffr_ext import FeatureFlow, _torch, ffr_loss
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +189,26 @@ def test_where_processes_train_together_a_feature_keeps_the_value_it_had(one_pro
     with FeatureFlow(model, ["0", "2"]) as flow:
         torch.compile(model, backend="aot_eager")(x)
         torch.testing.assert_close(flow.loss(), ffr_loss([first, second]))
+
+
+def test_a_hook_may_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = (
+        nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)]),
+        torch.randn(3, 4),
+    )
+    truth, truth_gradients = _eager(model, x)
+    ask = _torch.graph_in_work
+
+    def breaks() -> str:
+        torch._dynamo.graph_break()
+        return ask()
+
+    monkeypatch.setattr(_torch, "graph_in_work", breaks)
+    with FeatureFlow(model, list(model)) as flow:
+        output = torch.compile(model, backend="aot_eager")(x)
+        penalty = flow.loss()
+        torch.testing.assert_close(penalty.detach(), truth)
+        assert_gradients_close(gradients(model, task_loss(output) + penalty), truth_gradients, 1e-5)
 
 
 def test_a_graph_break_may_lie_between_features_made_in_place() -> None:
