@@ -86,7 +86,7 @@ class Slot:
 
 class _NotTraced(torch.autograd.Function):
     """A node that Dynamo runs and does not trace, as it does with those that have a `jvp`. After a graph break in a
-    hook it comes by here, and would take the backward pass of a tap for what it is before `collect`: without a gradient.
+    hook it comes by here, and would take the backward pass of a tap for what it is before `collect`: no gradient.
     """
 
     @staticmethod
