@@ -83,9 +83,10 @@ def traced_version(tensor: Tensor) -> int | None:
 @constant_when_compiled
 def graph_in_work() -> str:
     """Which graph torch.compile is tracing: of a frame, of what follows a graph break in it, or of a layer that is
-    compiled by itself."""
-    context = getattr(torch._guards, "CompileContext", None)
-    return "" if context is None else str(context.current_compile_id())
+    compiled by itself. Without the question: always the same."""
+    context = getattr(getattr(torch, "_guards", None), "CompileContext", None)
+    ask = getattr(context, "current_compile_id", None)
+    return "" if ask is None else str(ask())
 
 
 def unscales_by_itself(optimizer: Any) -> bool:

@@ -56,7 +56,7 @@ def prune_to(
     lost their ``cap``, until the target is met; then `compact` cuts them out, exactly: the result computes what the
     model with those channels zeroed does. ::
 
-        smaller = prune_to(model, x, flops=0.5, optimizer=optimizer).model
+        smaller = prune_to(model, x, flops=0.6, optimizer=optimizer).model
 
     Args:
         model: Any module that `compact` takes. It is not changed, unless ``inplace``.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,9 +35,23 @@ def flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     # token.
     trial = deep_copy(model).requires_grad_(False)
     args, kwargs = map_tensors(Tensor.detach, (args, kwargs))
-    with evaluating(trial), FlopCounterMode(display=False) as counter:
+    with evaluating(trial), _op_by_op(trial), FlopCounterMode(display=False) as counter:
         trial(*args, **kwargs)
     return counter
+
+
+@contextmanager
+def _op_by_op(model: nn.Module) -> Iterator[None]:
+    """Without the fused ops that FlopCounterMode takes for free: attention's and encoder layers' in evaluation, and
+    oneDNN's LSTM."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def measure_latency(

@@ -192,10 +192,8 @@ def test_where_processes_train_together_a_feature_keeps_the_value_it_had(one_pro
 
 
 def test_a_hook_may_break_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = (
-        nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)]),
-        torch.randn(3, 4),
-    )
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)])
+    x = torch.randn(3, 4)
     truth, truth_gradients = _eager(model, x)
     ask = _torch.graph_in_work
 

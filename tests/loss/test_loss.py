@@ -63,6 +63,17 @@ def test_stages_of_every_length(length: int, norm: str, fused: str) -> None:
     assert_no_worse_than_torch(random_features(*[(2, 37)] * length), norm=norm, backend=fused)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_uneven_parts_of_a_batch_weighted_as_the_guide_says_are_the_whole(norm: str, reduction: str) -> None:
+    options = {"norm": norm, "reduction": reduction, "backend": "reference"}
+    features, parts = random_features(*[(8, 3, 4)] * 4, dtype=torch.float64), ((0, 7), (7, 8))
+    weights = [(b - a) * len(parts) / 8 if reduction != "sum" else len(parts) for a, b in parts]
+    losses = [ffr_loss([f[a:b] for f in features], **options) for a, b in parts]
+    mean_over_processes = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / len(parts)
+    torch.testing.assert_close(mean_over_processes, ffr_loss(features, **options))
+
+
 def test_many_stages_and_features_outside_any_term(fused: str) -> None:
     features = random_features((2, 3), (2, 5), (2, 5), (4, 4), (2, 5), (2, 5), (2, 5), (7,))
     assert_no_worse_than_torch(features, backend=fused)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from pruning_models import Residual, fingerprint, settled
 from pruning_nets import Net
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ffr_ext import compact
 from ffr_ext.pruning import budget, channel_groups, prune_to
@@ -320,6 +321,36 @@ def test_half_the_flops_of_a_transformer_block_come_from_its_inner_layer() -> No
 
 
 # --- what cannot be -------------------------------------------------------------------------------------
+
+
+def test_attention_that_torch_would_fuse_in_evaluation_is_counted() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    batch, length, width = 3, 5, 16
+    products = 4 * batch * length * width * width + 2 * batch * length * length * width
+    assert count_flops(Attends().eval(), (torch.randn(batch, length, width),), {}) == 2 * products
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_transformer_encoder_of_torch_is_cut_to_its_flops() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 64, 0.0, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(layer, 2)), torch.randn(4, 10, 6)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    before, after = prune_to(model.eval(), x, flops=0.8).report.flops
+    assert before == counter.get_total_flops() > 2 * 2 * 40 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert after <= 0.8 * before
+
+
+def test_an_lstm_is_counted() -> None:
+    x = torch.randn(2, 20, 6)
+    assert count_flops(nn.LSTM(6, 8, batch_first=True), (x,), {}) == 2 * 2 * 20 * (6 + 8) * 4 * 8
 
 
 def test_an_unreachable_target_says_what_is_reachable_and_changes_nothing() -> None:
